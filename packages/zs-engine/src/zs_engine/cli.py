@@ -1,0 +1,104 @@
+"""`zs`: run a script on ranks, report what is installed, print the configuration's schema, judge a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from zs_comm import ConfigError, nodes, torchrun
+from zs_comm.config import dotted
+from zs_comm.jsonfile import read_json
+from zs_comm.keys import json_schema, verdicts
+
+from zs_engine.config import EngineConfig, examine, foreign_keys
+
+PACKAGES = ("zs-engine", "zs-comm", "zs-zero", "torch", "pydantic")
+OPTIONAL = ("zs-offload-aio", "zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="zs", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="start a script on every rank of this node", allow_abbrev=False)
+    run.add_argument("-n", "--ranks", dest="slots", type=int, help="processes on this node (default: one for each GPU)")
+    run.add_argument("--nodes", dest="count", type=int, help="nodes of the job; run the same command on each")
+    run.add_argument("--node-rank", dest="index", type=int, help="this node's number, from 0")
+    run.add_argument("--master-addr", help="a name or address of node 0")
+    run.add_argument("--master-port", type=int)
+    run.add_argument("--hostfile", help="lines of 'host slots=N'; this node is found by its name")
+    run.add_argument("--dry-run", action="store_true", help="print torchrun's command for this node, start nothing")
+    run.add_argument("-m", "--module", action="store_true", help="the script is a module's name")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="script.py ...")
+    run.set_defaults(function=_run)
+    commands.add_parser("report", help="versions, devices, backends, packages").set_defaults(function=_report)
+    commands.add_parser("schema", help="the configuration's JSON Schema").set_defaults(function=_schema)
+    lint = commands.add_parser("lint", help="a verdict for every key of a configuration")
+    lint.add_argument("config")
+    lint.add_argument("--world", type=int, help="data-parallel ranks, to check the batch sizes for")
+    lint.set_defaults(function=_lint)
+    options = parser.parse_args(argv)
+    try:
+        return int(options.function(options))
+    except ConfigError as error:
+        print(f"zs: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: Any) -> int:
+    if not options.command:
+        raise ConfigError("run: give a script")
+    node = nodes.from_hostfile(options.hostfile, index=options.index) if options.hostfile else nodes.from_slurm()
+    given = {name: getattr(options, name) for name in ("count", "index", "master_addr", "master_port", "slots")}
+    if node is None and (options.count or 1) > 1 and None in (options.index, options.master_addr):
+        raise ConfigError(f"run: {options.count} nodes need --node-rank and --master-addr")
+    node = replace(node or nodes.Node(), **{name: value for name, value in given.items() if value is not None})
+    command = ["-m", *options.command] if options.module else options.command
+    argv = torchrun.arguments(command, ranks=node.slots or torch.cuda.device_count() or 1, node=node)
+    if options.dry_run:
+        print(shlex.join(["torchrun", *argv]))
+        return 0
+    failure = torchrun.run(argv)
+    if failure is None:
+        return 0
+    print(f"zs run: {failure}", file=sys.stderr)
+    return failure.code
+
+
+def _report(_: Any) -> int:
+    rows = [("python", platform.python_version()), ("platform", platform.platform()), ("cpus", str(os.cpu_count()))]
+    installed = {package.name: package.version for package in metadata.distributions()}
+    rows += [(name, installed.get(name, "not installed")) for name in PACKAGES]
+    rows += [(name, installed.get(name, f"not installed (optional: pip install {name})")) for name in OPTIONAL]
+    rows.append(("backends", ", ".join(torchrun.backends())))
+    devices = [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    rows += devices or [("cuda", "no device")]
+    print("\n".join(f"{name:16}{value}" for name, value in rows))
+    return 0
+
+
+def _schema(_: Any) -> int:
+    print(json.dumps(json_schema(EngineConfig, foreign_keys()), indent=2))
+    return 0
+
+
+def _lint(options: Any) -> int:
+    data, source = read_json(options.config)
+    _, _, problems = examine(data, source, world=options.world)
+    rows = verdicts(EngineConfig, data, problems, source)
+    width = max((len(dotted(row.path)) for row in rows), default=0)
+    for row in rows:
+        place = row.where.removeprefix(source.name).strip(":")
+        print(f"{place:>7}  {dotted(row.path):<{width}}  {row.verdict:<10}  {row.text}".rstrip())
+    print(f"{options.config}: {len(rows)} keys,", f"{len(problems)} refused" if problems else "accepted")
+    return 1 if problems else 0

@@ -1,0 +1,131 @@
+"""The configuration: a typed field for each key that does something, a data file for the rest of DeepSpeed's language.
+
+Nothing is silently ignored: :func:`examine` finds every problem at once, :func:`load` raises them as one ConfigError.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch.optim import lr_scheduler
+from zs_comm import ConfigError, keys
+from zs_comm.config import Problem, config_error, dotted
+from zs_comm.factory import TypeAndParams, classes_of
+from zs_comm.jsonfile import KeyPath, Source, read_json
+from zs_comm.keys import DeepSpeedSection, ForeignKeys, Note
+from zs_zero.config import Bf16Config, OptimizerConfig, ZeroConfig
+from zs_zero.elementwise import require_element_wise
+
+from zs_engine import schedules
+from zs_engine.batch import BatchSizes
+
+_log = logging.getLogger("zs_engine")
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["fp32", "bf16", "fp16"]
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_OFFLOAD = Note("harmless", "concerns offload, which is refused by its own name")
+_NO_SP = Note("harmless", "there is no sequence parallelism in this configuration")
+
+
+class SchedulerConfig(TypeAndParams):
+    """`scheduler`: one of zs_engine.schedules or a class of torch.optim.lr_scheduler."""
+
+    def factory(self) -> Callable[[Any], Any] | None:
+        """`callable(optimizer)`; None where no type is given. Raises ConfigError."""
+        known = classes_of(lr_scheduler, lr_scheduler.LRScheduler) | {
+            n: getattr(schedules, n) for n in schedules.__all__
+        }
+        return self.maker("scheduler", known, self.type, self.given) if self.type else None
+
+
+class EngineConfig(DeepSpeedSection):
+    """The keys of a DeepSpeed configuration that do something."""
+
+    train_batch_size: Count | None = Field(default=None, description="samples in an optimizer step, over all ranks")
+    train_micro_batch_size_per_gpu: Count | None = Field(default=None, description="samples in one forward of one rank")
+    gradient_accumulation_steps: Count | None = Field(default=None, description="forwards in an optimizer step")
+    managed_gradient_accumulation: bool = Field(default=True, description="false: every step() updates")
+    steps_per_print: int | float | None = Field(default=None, description="optimizer steps between lines of progress")
+    gradient_clipping: NonNegative = Field(default=0.0, description="largest global 2-norm; 0: no clipping")
+    prescale_gradients: bool = Field(default=False, description="divide before the sum over ranks instead of after it")
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(default=1.0, description="part of it done before")
+    communication_data_type: Dtype | None = Field(default=None, description="of gradients on the wire; null: their own")
+    seq_parallel_communication_data_type: Annotated[Dtype, _NO_SP] = "fp32"
+    zero_allow_untested_optimizer: bool = Field(default=False, description="shard what may not be element-wise")
+    zero_force_ds_cpu_optimizer: Annotated[bool, _OFFLOAD] = True
+    dataloader_drop_last: bool = Field(default=False, description="drop the last batch where it is smaller")
+    disable_allgather: Annotated[bool, Note("harmless", "DeepSpeed reads and does not use it")] = False
+    allgather_size: Annotated[int, Note("harmless", "whole units are gathered")] = 500_000_000
+    vocabulary_size: Annotated[int | None, Note("harmless", "DeepSpeed only warns about it")] = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    zero_optimization: ZeroConfig = ZeroConfig()
+    bfloat16: Bf16Config = Field(default=Bf16Config(), alias="bf16")
+
+
+@functools.cache
+def foreign_keys() -> ForeignKeys:
+    """DeepSpeed's keys whose features are not there."""
+    return ForeignKeys.read("zs_engine", "deepspeed_keys.json")
+
+
+def examine(
+    data: Mapping[str, Any], source: Source | None = None, *, world: int | None = None
+) -> tuple[EngineConfig, BatchSizes | None, list[Problem]]:
+    """Check parsed data. `world`: the data-parallel ranks; None leaves the batch sizes alone."""
+    config, problems = keys.examine(EngineConfig, foreign_keys(), data, source)
+
+    def report(path: KeyPath, text: str, *, at: KeyPath | None = None) -> None:
+        problems.append(Problem(path, text, source.where(at or path) if source else ""))
+
+    fp16 = [problem for problem in problems if problem.path == ("fp16", "enabled")]
+    if fp16 and data["fp16"].get("enabled") is True and config.bfloat16.enabled:
+        problems.remove(fp16[0])
+        report(("fp16", "enabled"), "fp16.enabled and bf16.enabled are both true: choose one")
+    lists = [
+        len(value) for value in config.scheduler.given.values() if isinstance(value, list)
+    ]  # a value for each group
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max(lists, default=1))]
+    zero, untested = config.zero_optimization, config.zero_allow_untested_optimizer
+    rule = functools.partial(require_element_wise, stage=zero.stage, allow_untested=untested)
+    for problem in config.optimizer.problems(groups, rule):
+        report(("optimizer", *problem.path), problem.text)
+    for problem in config.scheduler.problems(torch.optim.AdamW(groups)):
+        report(("scheduler", *problem.path), problem.text)
+    if world is None or any(problem.path and problem.path[0] in BATCH_KEYS for problem in problems):
+        return config, None, problems
+    train, micro, steps = (getattr(config, key) for key in BATCH_KEYS)
+    if train is None and micro is None and "auto" in [data.get(key) for key in BATCH_KEYS]:
+        micro = 1
+    try:
+        return config, BatchSizes.solve(train, micro, steps, world), problems
+    except ConfigError as error:
+        report((), str(error), at=BATCH_KEYS[:1])
+        return config, None, problems
+
+
+def load(
+    config: Mapping[str, Any] | str | os.PathLike[str], *, world: int = 1
+) -> tuple[EngineConfig, BatchSizes, dict[str, Any]]:
+    """The checked configuration, its batch sizes for `world` data-parallel ranks, and the data as given.
+
+    Raises:
+        ConfigError: with every problem, each with its path and, for a file, its line and column.
+    """
+    data, source = read_json(config) if isinstance(config, str | os.PathLike) else (config, None)
+    parsed, sizes, problems = examine(data, source, world=world)
+    if sizes is None or problems:
+        raise config_error(problems, source)
+    rows = keys.verdicts(EngineConfig, data, [], source)
+    if noted := [f"{dotted(row.path)} ({row.verdict})" for row in rows if row.verdict in ("equivalent", "harmless")]:
+        _log.info("accepted without effect of its own (`zs lint` says why): %s", ", ".join(noted))
+    if data.get("gradient_clipping") is None:
+        _log.info("no gradient_clipping is given, so nothing is clipped; DeepSpeed 0.19 would clip at 1.0")
+    return parsed, sizes, dict(data)

@@ -1,0 +1,223 @@
+"""The engine: DeepSpeed's training loop over a sharded model.
+
+loss = engine(batch)        one micro-step
+engine.backward(loss)       divides by the accumulation steps; plain loss.backward() divides by nothing, as in torch
+engine.step()               at the end of an accumulation window: clip, update, zero the gradients, step the schedule
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from zs_comm import ConfigError, Group
+from zs_zero import ZeroOptimizer
+
+from zs_engine.batch import BatchSizes
+from zs_engine.data import DataLoader
+
+if TYPE_CHECKING:
+    from zs_engine.config import EngineConfig
+
+_log = logging.getLogger("zs_engine")
+NAMES = json.loads(resources.files("zs_engine").joinpath("engine_names.json").read_text("utf-8"))
+
+
+class Engine(nn.Module):
+    """What :func:`zs_engine.initialize` returns first. Unknown attributes are the module's.
+
+    Attributes:
+        module: the client's model, sharded in place.
+        optimizer: the client's optimizer over shards; None for an engine that only evaluates.
+        zero: the sharding itself, also without an optimizer (`zero.plan`, `zero.full_param`, ...).
+        lr_scheduler: stepped with every optimizer step; set it to None to step it yourself.
+        global_steps, micro_steps, global_samples, skipped_steps: counters; `micro_steps` counts calls of `step()`.
+        device, global_rank, world_size, local_rank, dp_world_size: where this process stands.
+        config: the configuration as it was given.
+    """
+
+    def __init__(
+        self, module: nn.Module, zero: ZeroOptimizer, *, settings: EngineConfig, sizes: BatchSizes,
+        config: Mapping[str, Any], world: Group, local_rank: int, device: torch.device, trains: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.module = module
+        self.zero = zero
+        self.optimizer = zero if trains else None
+        self.lr_scheduler: Any = None
+        self.training_dataloader: DataLoader | None = None
+        self.config, self._config = dict(config), settings
+        self.device = device
+        self.global_rank, self.world_size, self.local_rank = world.rank, world.size, local_rank
+        self.dp_world_size, self.mp_world_size = zero.group.size, 1
+        self.data_parallel_group = zero.group.process_group
+        self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
+        self._sizes, self._applied = sizes, False
+        self._boundary: bool | None = None
+        self._norm: Tensor | None = None
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's forward. Raises ConfigError where it failed over an input that is on another device."""
+        try:
+            return self.module(*inputs, **kwargs)
+        except RuntimeError as error:
+            wrong = _elsewhere(self.module, inputs, kwargs, self.device)
+            if wrong is None:
+                raise
+            raise ConfigError(f"{wrong}, and the model on {self.device}: move the batch to engine.device") from error
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
+        """Backward through `loss / gradient_accumulation_steps` (or `loss`: `scale_wrt_gas=False`); returns that."""
+        if scale_wrt_gas and self._sizes.steps > 1:
+            loss = loss / self._sizes.steps
+        loss.backward(retain_graph=retain_graph, **kwargs)  # type: ignore[no-untyped-call]
+        return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, which is 1 in bf16 and fp32."""
+        return loss
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+        """End a micro-step; at the accumulation boundary clip, update, zero the gradients, step the schedule."""
+        if self.optimizer is None:
+            raise ConfigError("step(): the engine has no optimizer: give initialize() one, or the configuration")
+        self._applied = self.is_gradient_accumulation_boundary()
+        if self._applied:
+            clip = self._config.gradient_clipping
+            self._norm = self.optimizer.clip_grad_norm_(clip) if clip else self.optimizer.grad_norm()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.global_steps += 1
+            self.global_samples += self._sizes.train
+            every = self._config.steps_per_print
+            if every and self.global_steps % every == 0:
+                _log.info("step %d: lr %s, gradient norm %.4g", self.global_steps, self.get_lr(), float(self._norm))
+        self.micro_steps += 1
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step()` updates."""
+        if self._boundary is not None:
+            return self._boundary
+        return not self._config.managed_gradient_accumulation or (self.micro_steps + 1) % self._sizes.steps == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide from outside whether `step()` updates; None: the engine counts again."""
+        self._boundary = is_boundary
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards inside communicate no gradients; the next one outside, or `step()`, brings theirs along."""
+        return nullcontext() if self.optimizer is None else self.optimizer.no_sync()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of this accumulation window."""
+        self.zero.zero_grad(set_to_none)
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated the parameters."""
+        return self._applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """The global 2-norm of the last update's mean gradient, before clipping; None before the first."""
+        return None if self._norm is None else float(self._norm)
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the train batch by changing the accumulation steps. Raises ConfigError when it does not divide."""
+        self._sizes = BatchSizes.solve(train_batch_size, self._sizes.micro, None, self.dp_world_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch and, with the accumulation steps kept, the train batch."""
+        self._sizes = BatchSizes.solve(None, micro_batch_size, self._sizes.steps, self.dp_world_size)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [float(group["lr"]) for group in self._groups()]
+
+    def set_lr(self, lr: float | Sequence[float]) -> None:
+        """Set the learning rate of all parameter groups, or of each."""
+        values = lr if isinstance(lr, Sequence) else [lr] * len(self._groups())
+        for group, value in zip(self._groups(), values, strict=True):
+            group["lr"] = value
+
+    def get_mom(self) -> list[Any]:
+        """The betas, or the momentum, of each parameter group."""
+        return [group.get("betas", group.get("momentum")) for group in self._groups()]
+
+    def get_type(self) -> list[Any]:
+        """The `type` that the client wrote into each parameter group, None where there is none."""
+        return [group.get("type") for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+    def deepspeed_io(
+        self, dataset: Any, batch_size: int | None = None, route: str = "train", pin_memory: bool | None = None,
+        data_sampler: Iterable[int] | None = None, collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader:  # fmt: skip
+        """A loader of this rank's micro-batches; shuffled for the route "train"."""
+        group, size = self.zero.group, batch_size or self._sizes.micro
+        options: dict[str, Any] = {"sampler": data_sampler, "collate_fn": collate_fn, "shuffle": route == "train"}
+        options |= {"drop_last": self._config.dataloader_drop_last, "num_workers": num_local_io_workers or 0}
+        options["pin_memory"] = self.device.type == "cuda" if pin_memory is None else pin_memory
+        return DataLoader(dataset, size, rank=group.rank, world=group.size, **options)
+
+    def to(self, *args: Any, **kwargs: Any) -> Engine:
+        """For code that moves every model: accepts what is so already. Raises ConfigError for anything else."""
+        wanted: Any = torch._C._nn._parse_to(*args, **kwargs)[:2]
+        here = next(self.module.parameters())
+        same = wanted[0] is None or torch.empty(0, device=wanted[0]).device == self.device
+        if not same or wanted[1] not in (None, here.dtype):
+            raise ConfigError(f"an engine's model stays on {self.device} in {here.dtype}: move it before initialize()")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
+        raise ConfigError("an engine's model stays where and as it is: move or cast it before initialize()")
+
+    def destroy(self) -> None:
+        """Remove all hooks; the module's parameters are whole and ordinary again. Collective."""
+        self.zero.close()
+
+    def __getattr__(self, name: str) -> Any:
+        module = super().__getattr__("module")
+        if name in NAMES["later"] and not hasattr(module, name):
+            raise AttributeError(f"Engine.{name}: {NAMES['later'][name]}")
+        return module if name == "module" else getattr(module, name)
+
+
+def _elsewhere(
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> str | None:
+    """The first tensor of a forward's arguments that is on another device."""
+    names = [name for name in inspect.signature(module.forward).parameters if name not in kwargs]
+    names += [f"#{i}" for i in range(len(names), len(inputs))]
+    for name, argument in [*zip(names, inputs, strict=False), *kwargs.items()]:
+        for path, leaf in pytree.tree_flatten_with_path(argument)[0]:
+            if isinstance(leaf, Tensor) and leaf.device != device:
+                return f"argument {name}{pytree.keystr(path)} of forward is on {leaf.device}"
+    return None
+
+
+def _method(name: str, doc: str, read: Callable[[Engine], Any]) -> None:
+    def get(self: Engine) -> Any:
+        return read(self)
+
+    get.__name__, get.__doc__ = name, doc
+    setattr(Engine, name, get)
+
+
+for _name, _path in NAMES["getters"].items():
+    _method(_name, f"`{_path}`", operator.attrgetter(_path))
+for _name, _value in NAMES["constants"].items():
+    _method(_name, f"{_value}: the feature is not there yet", functools.partial(lambda value, _: value, _value))

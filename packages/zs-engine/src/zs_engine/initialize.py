@@ -1,0 +1,130 @@
+"""From a model and a DeepSpeed configuration to an engine. What one rank finds wrong is an error on all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import zs_zero
+from torch import nn
+from zs_comm import ConfigError, Group, Mesh, agreed, as_group, discover, init_distributed, same_everywhere
+
+from zs_engine.engine import Engine
+
+_log = logging.getLogger("zs_engine")
+_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Config = Mapping[str, Any] | str | os.PathLike[str]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    *,
+    mesh: Any = None,
+    mpu: None = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Config | None = None,
+    config_params: Config | None = None,
+) -> tuple[Engine, Any, Any, Any]:
+    """Shard `model` as the configuration says; returns (engine, optimizer, dataloader, lr_scheduler). Collective.
+
+    Args:
+        args: may carry the configuration as `args.deepspeed_config` or `args.zs_config` (an object or a mapping).
+        model: on any device (it is moved), on the meta device, or built under `zs_zero.Init`.
+        optimizer: over the model's parameters, or a callable that makes one of `model_parameters` (default: all);
+            else the configuration's. With none of them the engine only evaluates.
+        training_data: a dataset; the third result is then a loader of this rank's micro-batches.
+        lr_scheduler: built on the optimizer, or a callable that makes one of it; else the configuration's, if any.
+        mesh: the data-parallel ranks: a `zs_comm.Mesh` or `Group`, a `DeviceMesh` or `ProcessGroup`; default: all.
+        mpu: refused; pass `mesh`.
+        dist_init_required: False: the process group is the caller's affair.
+        config: a mapping, or the path of a JSON file (comments and trailing commas allowed); `config_params` as well.
+
+    Raises:
+        ConfigError: with every problem of the configuration, or a combination that does not work.
+        RankDisagreement: ranks bring different configurations or models.
+    """
+    from zs_engine.config import load  # pydantic costs 0.2 s: not at import
+
+    world = as_group(None, "world") if dist_init_required is False else init_distributed()
+    mesh = Mesh.from_device_mesh(mesh) if getattr(mesh, "ndim", 1) == 2 else mesh or world
+    group: Group = mesh.group("dp") if isinstance(mesh, Mesh) else as_group(mesh)
+    _speak(group.rank)
+    with agreed(group, "configuration"):
+        if mpu is not None:
+            raise ConfigError("mpu is not supported: pass the data-parallel ranks as initialize(mesh=...)")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model should be a torch.nn.Module (got {type(model).__name__})")
+        settings, sizes, data = load(_only(config, config_params, args), world=group.size)
+        client = _optimizer(settings.optimizer.factory(), optimizer, model, model_parameters)
+    same_everywhere(json.dumps(data, sort_keys=True, default=repr), group, what="the configuration")
+    place, device = discover(), torch.device("cpu")
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device() if place.source == "none" else place.local_rank % torch.cuda.device_count()
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    zero = zs_zero.shard(
+        model,
+        client,
+        mesh=mesh,
+        device=device,
+        reduce_dtype=_DTYPES[settings.communication_data_type],
+        prescale=settings.prescale_gradients,
+        predivide_factor=settings.gradient_predivide_factor,
+        allow_untested_optimizer=settings.zero_allow_untested_optimizer,
+        **settings.zero_optimization.options(),
+        **settings.bfloat16.options(),
+    )
+    where: dict[str, Any] = {"world": world, "local_rank": place.local_rank, "device": device}
+    engine = Engine(model, zero, settings=settings, sizes=sizes, config=data, trains=client is not None, **where)
+    with agreed(group, "schedule and data"):
+        engine.lr_scheduler = _schedule(settings.scheduler.factory(), lr_scheduler, engine.optimizer)
+        if training_data is not None:
+            engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _only(config: Any, config_params: Any, args: Any) -> Any:
+    given = {"config": config, "config_params": config_params}
+    for name in ("deepspeed_config", "zs_config"):
+        given[f"args.{name}"] = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) != 1:
+        what = f"{' and '.join(found)} are both given" if found else f"none is given: {', '.join(given)}"
+        raise ConfigError(f"give the configuration once; {what}")
+    return next(iter(found.values()))
+
+
+def _optimizer(make: Any, optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None) -> Any:
+    if optimizer is not None and make is not None:
+        _log.info("the optimizer given to initialize() is used, not the configuration's")
+    if isinstance(optimizer, torch.optim.Optimizer) or (optimizer is None and make is None):
+        return optimizer
+    if not callable(optimizer or make):
+        raise ConfigError(f"optimizer should be a torch optimizer or make one (got {type(optimizer).__name__})")
+    return (optimizer or make)(list(model.parameters() if parameters is None else parameters))
+
+
+def _schedule(make: Any, schedule: Any, optimizer: Any) -> Any:
+    if schedule is None:
+        return make(optimizer) if make is not None and optimizer is not None else None
+    return schedule if hasattr(schedule, "step") and not isinstance(schedule, type) else schedule(optimizer)
+
+
+def _speak(rank: int) -> None:
+    """Rank 0's lines reach the terminal where nobody configured logging."""
+    if _log.level == logging.NOTSET:
+        _log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not _log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[zs] %(message)s"))
+        _log.addHandler(handler)

@@ -1,0 +1,341 @@
+"""The configuration language: every key accepted with a reason, or refused by name; all problems at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zs_comm import ConfigError
+from zs_comm.config import dotted
+from zs_comm.jsonfile import parse_json
+from zs_comm.keys import verdicts
+from zs_engine.batch import BatchSizes
+from zs_engine.config import EngineConfig, examine, foreign_keys, load
+
+EQUATION = "train_batch_size(32) != train_micro_batch_size_per_gpu(4) * gradient_accumulation_steps(3) * "
+EQUATION += "data parallel world(2) = 24"
+MICRO = {"train_micro_batch_size_per_gpu": 1}
+
+
+def problems(config: Any, *, world: int | None = None) -> list[str]:
+    return [str(problem) for problem in examine(config, world=world)[2]]
+
+
+# -- batch sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "micro", "steps", "expected"),
+    [
+        (24, 4, 3, (24, 4, 3)),
+        (24, 4, None, (24, 4, 3)),
+        (24, None, 3, (24, 4, 3)),
+        (None, 4, 3, (24, 4, 3)),
+        (24, None, None, (24, 12, 1)),
+        (None, 4, None, (8, 4, 1)),
+    ],
+)
+def test_batch_sizes(train: int | None, micro: int | None, steps: int | None, expected: tuple[int, int, int]) -> None:
+    assert BatchSizes.solve(train, micro, steps, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        (
+            (32, 4, 3),
+            EQUATION,
+        ),
+        ((30, 4, None), "train_batch_size(30) != train_micro_batch_size_per_gpu(4) * gradient_accumulation_steps(3)"),
+        ((9, None, None), "train_batch_size(9) != train_micro_batch_size_per_gpu(4) * gradient_accumulation_steps(1)"),
+        ((1, None, None), "train_batch_size(1) != train_micro_batch_size_per_gpu(1)"),
+        ((None, None, 4), "give train_batch_size or train_micro_batch_size_per_gpu"),
+    ],
+)
+def test_impossible_batch_sizes(sizes: tuple[int | None, int | None, int | None], text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        BatchSizes.solve(*sizes, 2)
+    assert text in str(raised.value)
+
+
+@given(micro=st.integers(1, 64), steps=st.integers(1, 64), world=st.integers(1, 64))
+def test_any_two_sizes_give_the_third(micro: int, steps: int, world: int) -> None:
+    whole = BatchSizes(micro * steps * world, micro, steps)
+    assert BatchSizes.solve(whole.train, micro, None, world) == whole
+    assert BatchSizes.solve(whole.train, None, steps, world) == whole
+    assert BatchSizes.solve(None, micro, steps, world) == whole
+
+
+def test_batch_sizes_of_a_configuration() -> None:
+    assert load({"train_batch_size": 8}, world=2)[1] == (8, 4, 1)
+    assert load({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}, world=2)[1] == (2, 1, 1)
+    assert problems({"train_batch_size": 8}, world=None) == []
+    assert problems({}, world=1) == ["give train_batch_size or train_micro_batch_size_per_gpu (or both)"]
+    # a size that is no number is one problem, not two
+    assert problems({"train_batch_size": "many"}, world=1) == [
+        'train_batch_size: Input should be a whole number (got "many")'
+    ]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean 'zero_optimization'?"),
+        ({"sheduler": {}}, "sheduler: unknown key; did you mean 'scheduler'?"),
+        ({"flop_profiler": {}}, "flop_profiler: unknown key; did you mean 'flops_profiler'?"),
+        ({"reduce_bucket_size": 1}, "reduce_bucket_size: unknown key; it belongs in 'zero_optimization'"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: Input should be 0, 1, 2 or 3 (got 4)"),
+        ({"zero_optimization": 3}, "zero_optimization: Input should be an object (got 3)"),
+        ({"train_batch_size": 0}, "train_batch_size: Input should be greater than or equal to 1 (got 0)"),
+        ({"gradient_clipping": True}, "gradient_clipping: Input should be a number (got true)"),
+        ({"communication_data_type": "int8"}, "communication_data_type: Input should be 'fp32', 'bf16' or 'fp16'"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: fp16 is not there yet; bf16 is (got true)"),
+        ({"fp16": {"enabled": "true"}}, 'fp16.enabled: Input should be true or false (got "true")'),
+        ({"fp16": {"loss_scael": 0}}, "fp16.loss_scael: unknown key; did you mean 'loss_scale'?"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown: phase timers are not there yet (got true)"),
+        (
+            {"gradient_allreduce_op": "sum"},
+            'gradient_allreduce_op: gradients are averaged; sums are not there yet (got "sum")',
+        ),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled: the profiler is not there yet (got true)"),
+        ({"aio": {"block_size": 1}}, "aio.block_size: offload to files is not there yet (got 1)"),
+        ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention: sparse attention is not supported"),
+        (
+            {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}}},
+            "compression_training: compression is not there yet",
+        ),
+        ({"optimizer": {"type": "AdamV"}}, "optimizer.type: unknown optimizer 'AdamV'; did you mean 'Adam'?"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type: Lamb is not there yet"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}},
+            "optimizer.params.max_grad_norm: the optimizer does not clip; use the key gradient_clipping",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}},
+            "optimizer.params.momentun: SGD takes no such parameter; did you mean 'momentum'?",
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"lr": -1}}}, "optimizer.params: SGD: Invalid learning rate: -1"),
+        (
+            {"optimizer": {"type": "LBFGS"}, "zero_optimization": {"stage": 1}},
+            "optimizer: stage 1 updates each rank's pieces of the parameters, and torch.optim.lbfgs.LBFGS is not",
+        ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {}}},
+            "scheduler.params.total_num_steps: WarmupDecayLR requires it",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cosine"}}},
+            "scheduler.params: WarmupLR: warmup_type: must be 'log' or 'linear' (got 'cosine')",
+        ),
+        ({"scheduler": {"type": "WarmUpLR"}}, "scheduler.type: unknown scheduler 'WarmUpLR'; did you mean 'WarmupLR'?"),
+    ],
+)
+def test_refused(config: dict[str, Any], expected: str) -> None:
+    (found,) = problems(config)
+    assert found.startswith(expected)
+
+
+def test_fp16_and_bf16_are_one_problem_that_names_both() -> None:
+    for name in ("bf16", "bfloat16"):
+        assert problems({"fp16": {"enabled": True}, name: {"enabled": True}}) == [
+            "fp16.enabled: fp16.enabled and bf16.enabled are both true: choose one"
+        ]
+
+
+def test_no_object() -> None:
+    assert problems([1]) == ["the configuration should be an object (got [1])"]
+
+
+def test_everything_wrong_is_said_at_once_with_lines(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(
+        """{
+          "train_batch_size": 32,  // samples
+          "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3,
+          "fp16": {"enabled": true},
+          "zero_optimization": {"stage": 4, "overlap_com": true},
+          "optimizer": {"type": "AdamV"},
+        }"""
+    )
+    with pytest.raises(ConfigError) as raised:
+        load(file, world=2)
+    title, *lines = [line.strip().removeprefix(str(file)) for line in str(raised.value).splitlines()]
+    assert title == f"5 problems in {file}:" and len(raised.value.problems) == 5
+    assert [line.split(": ")[1] for line in lines] == [
+        EQUATION,
+        "fp16.enabled",
+        "zero_optimization.stage",
+        "zero_optimization.overlap_com",
+        "optimizer.type",
+    ]
+    assert [line.split(": ")[0] for line in lines] == [":2:31", ":4:31", ":5:42", ":5:45", ":6:33"]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "ds_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"did you mean 'ds_config.json'"):
+        load(tmp_path / "ds_confg.json")
+
+
+# -- what passes ------------------------------------------------------------------------------------------------------
+
+
+def idle_values(default: Any) -> list[Any]:
+    return [default, None, "auto", *([False] if default is not True else [])]
+
+
+FOREIGN = foreign_keys().table
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_a_known_key_passes_while_it_asks_for_nothing(name: str) -> None:
+    row = FOREIGN[name]
+    for value in idle_values(row.get("default")):
+        assert problems({name: value}) == []
+    for value in (
+        ({}, {"enabled": False}, {"enabled": "auto"}) if "open" in row or "enabled" in row.get("keys", ()) else ()
+    ):
+        assert problems({name: value}) == []
+    for key, default in row.get("keys", {}).items():
+        for value in idle_values(default):
+            assert problems({name: {key: value}}) == []
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_a_known_key_is_refused_by_name_when_it_asks_for_something(name: str) -> None:
+    row = FOREIGN[name]
+    if "enabled" in row.get("keys", ()):
+        (found,) = problems({name: {"enabled": True}})
+        assert found.startswith(f"{name}.enabled: {row['reason']}")
+        return
+    (found,) = problems(
+        {name: {"something": {"enabled": True}} if "open" in row else 12345} if "keys" not in row else {name: 7}
+    )
+    assert found.startswith(f"{name}: {row['reason']}")
+    for key, default in row.get("keys", {}).items():
+        (found,) = problems({name: {key: not default if isinstance(default, bool) else 12345}})
+        assert found.startswith(f"{name}.{key}: ")
+
+
+def test_null_and_auto_mean_the_default() -> None:
+    nothing = dict.fromkeys(EngineConfig.model_fields, "auto")
+    assert examine(nothing)[0] == examine(dict.fromkeys(nothing))[0] == EngineConfig()
+    assert examine({"zero_optimization": {"reduce_bucket_size": "auto", "stage": None}})[0] == EngineConfig()
+
+
+def test_an_auto_that_is_required_may_still_be_filled_in() -> None:
+    config = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_max_lr": "auto"}}}
+    assert problems(config) == []
+
+
+def test_notes_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = MICRO | {"zero_optimization": {"stage": 1, "overlap_comm": True, "sub_group_size": 1e14}}
+    with caplog.at_level(logging.INFO, "zs_engine"):
+        load(config)
+    (notes, clipping) = caplog.messages
+    assert "zero_optimization.overlap_comm (equivalent), zero_optimization.sub_group_size (harmless)" in notes
+    assert "nothing is clipped; DeepSpeed 0.19 would clip at 1.0" in clipping
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "zs_engine"):
+        load(MICRO | {"gradient_clipping": 0})
+    assert caplog.messages == []
+
+
+def test_every_key_has_a_verdict() -> None:
+    text = """{
+      "train_batch_size": 8,
+      "fp16": {"enabled": "auto", "loss_scale": 0},
+      "zero_optimization": {"stage": 3, "overlap_comm": true, "offload_param": {"device": "none"}, "sub_group_size": 9},
+      "steps": 3
+    }"""
+    data, source = parse_json(text, name="c.json")
+    rows = verdicts(EngineConfig, data, examine(data, source, world=1)[2], source)
+    assert {dotted(row.path): (row.verdict, row.where) for row in rows} == {
+        "train_batch_size": ("honoured", "c.json:2:27"),
+        "fp16.enabled": ("idle", "c.json:3:27"),
+        "fp16.loss_scale": ("idle", "c.json:3:49"),
+        "zero_optimization.stage": ("honoured", "c.json:4:38"),
+        "zero_optimization.overlap_comm": ("equivalent", "c.json:4:57"),
+        "zero_optimization.offload_param.device": ("idle", "c.json:4:91"),
+        "zero_optimization.sub_group_size": ("harmless", "c.json:4:118"),
+        "steps": ("refused", "c.json:5:7"),
+    }
+
+
+def test_the_given_configuration_is_not_changed() -> None:
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "betas": [0.9, 0.95]}},
+    }
+    before = json.dumps(config)
+    parsed, _, data = load(config)
+    parsed.optimizer.factory()
+    assert json.dumps(config) == before == json.dumps(data)
+
+
+# -- optimizers and schedules -----------------------------------------------------------------------------------------
+
+
+def make(name: str, **params: Any) -> torch.optim.Optimizer:
+    factory = examine({"optimizer": {"type": name, "params": params}})[0].optimizer.factory()
+    assert factory is not None
+    made = factory([torch.zeros(2, requires_grad=True)])
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
+
+
+def test_adam_is_adamw_unless_told_otherwise() -> None:
+    assert type(make("Adam")) is type(make("adamw")) is type(make("AdamW", adam_w_mode=False)) is torch.optim.AdamW
+    assert type(make("Adam", adam_w_mode=False)) is torch.optim.Adam
+
+
+def test_adam_defaults_are_deepspeeds() -> None:
+    assert make("AdamW").defaults["weight_decay"] == 0.0
+    assert make("AdamW", weight_decay=0.1).defaults["weight_decay"] == 0.1
+    assert make("AdamW", torch_adam=True).defaults["weight_decay"] == 0.01
+    assert make("AdamW", betas=[0.8, 0.99]).defaults["betas"] == (0.8, 0.99)
+    assert make("AdamW", lr="auto").defaults["lr"] == 1e-3
+
+
+def test_adam_is_fused_unless_told_otherwise() -> None:
+    assert make("AdamW").defaults["fused"] is True
+    assert make("AdamW", fused=False).defaults["fused"] is False
+    assert make("AdamW", foreach=True).defaults["fused"] is None
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "adagrad", "RMSprop", "NAdam", "Adamax"])
+def test_other_torch_optimizers(name: str) -> None:
+    assert type(make(name, lr=0.5)).__name__.lower() == name.lower()
+
+
+@pytest.mark.parametrize("key", ["bias_correction", "fp32_optimizer_states"])
+def test_switches_that_are_not_there(key: str) -> None:
+    assert problems({"optimizer": {"type": "Adam", "params": {key: False}}}) == [
+        f"optimizer.params.{key}: false is not there yet"
+    ]
+    assert problems({"optimizer": {"type": "Adam", "params": {key: True}}}) == []
+
+
+def test_torch_schedules() -> None:
+    config, _, found = examine({"scheduler": {"type": "MultiStepLR", "params": {"milestones": [3, 5], "gamma": 0.5}}})
+    factory = config.scheduler.factory()
+    assert found == [] and factory is not None
+    assert isinstance(factory(make("SGD")), torch.optim.lr_scheduler.MultiStepLR)
+
+
+# -- getters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "prefetch"), [(0, False), (5e7, True)])
+def test_prefetch(size: float, prefetch: bool) -> None:
+    config = examine({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": size}})[0]
+    assert config.zero_optimization.options() == {"stage": 3, "prefetch": prefetch}

@@ -1,0 +1,56 @@
+"""The few facts about a running backward that torch tells only privately, wrapped in one place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+
+def graph_task_id() -> int:
+    """The backward that runs in this thread, or -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def in_backward() -> bool:
+    return graph_task_id() != -1
+
+
+@contextmanager
+def outside_autograd() -> Iterator[None]:
+    """For our own tensors in the middle of the user's forward: they outlive an `inference_mode` it may run in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class BackwardTasks:
+    """Knows when the outermost backward ends.
+
+    A reentrant checkpoint runs a backward inside a backward, and torch calls an end callback at the end of the *nested*
+    one. So every running backward seen by a hook is remembered, and `on_finish` runs when none is left.
+    """
+
+    def __init__(self, on_finish: Callable[[], None]) -> None:
+        self._on_finish = on_finish
+        self._running: set[int] = set()
+
+    @property
+    def unfinished(self) -> bool:
+        """A backward that began has not ended (it runs, or it raised)."""
+        return bool(self._running)
+
+    def enter(self) -> None:
+        """To be called by every hook that runs in a backward."""
+        task = graph_task_id()
+        if task != -1 and task not in self._running:
+            self._running.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._leave, task))
+
+    def _leave(self, task: int) -> None:
+        self._running.discard(task)
+        if not self._running:
+            self._on_finish()
+
+    def forget(self) -> None:
+        """After a backward that raised."""
+        self._running.clear()

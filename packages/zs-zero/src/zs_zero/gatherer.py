@@ -1,0 +1,237 @@
+"""Stage 3: parameters are whole only while their unit runs.
+
+    forward    | gather 0 | run 0, gather 1 | release 0, run 1, gather 2 | ...        keep the last one
+    backward   | run n, gather n-1 | gradients and input gradients of n are out: release n, gather n-2 | run n-1 | ...
+
+Hooks are a few lines and call one method here:
+
+- before a unit's module: its values are needed; the next unit's are gathered ahead.
+- after it: release, unless the same unit comes next. Every output tensor gets a hook: in backward it fires before the
+  module's own backward does (module backward hooks do not fire for nested outputs, and forbid in-place changes).
+- an input's gradient and the last parameter's gradient are out: nothing of the unit's backward is left that could need
+  its values. Counting gradients alone is not enough: with a frozen layer below a trainable one the frozen weights are
+  still needed then.
+- the end of the outermost backward releases what is left.
+
+A recomputation under activation checkpointing runs a forward inside a backward. Then nothing is released after it.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zs_comm import ZsError
+
+from .autograd import BackwardTasks, in_backward, outside_autograd
+from .flat import Flat, ParamState
+from .order import Order
+from .trees import tensors_in
+
+MAX_WHOLE_UNITS = 2  # the one that runs and the one gathered ahead
+
+
+class Call:
+    """One forward of a unit's module, until its backward is through."""
+
+    def __init__(self, unit: "Unit") -> None:
+        self.unit = unit
+        self.inputs = 0
+        self.outputs = 0
+        self.inputs_left = 0
+        self.running = False  # in backward
+
+
+class Unit:
+    """A unit at run time."""
+
+    def __init__(self, index: int, name: str, flats: list[Flat], *, passing: bool) -> None:
+        self.index = index
+        self.name = name
+        self.flats = flats
+        self.passing = passing  # comes and goes; False: held for the whole forward of the model (root, shared)
+        self.trainable = sum(len(flat.params) for flat in flats if flat.plan.trainable)
+        self.depth = 0  # forwards of its modules under way
+        self.calls: list[Call | None] = []  # of those forwards
+        self.running: list[Call] = []  # in this backward
+        self.gradients = 0  # parameters whose gradient came since the last gather
+        self.pinned = False  # stays whole until a backward ends
+
+    @property
+    def state(self) -> ParamState:
+        return self.flats[0].state
+
+    def gather(self) -> None:
+        for flat in self.flats:
+            flat.gather()
+
+    def wait(self) -> None:
+        for flat in self.flats:
+            flat.wait()
+
+    def release(self) -> None:
+        for flat in self.flats:
+            flat.release()
+
+
+class Gatherer:
+    """Gathers and releases units as the model runs."""
+
+    def __init__(
+        self,
+        units: list[Unit],
+        tasks: BackwardTasks,
+        *,
+        prefetch: bool,
+        reshard_after_forward: bool,
+        span: Callable[[str, str], Any],
+    ) -> None:
+        self.units = units
+        self.order = Order()
+        self._tasks = tasks
+        self._prefetch = prefetch
+        self._reshard_after_forward = reshard_after_forward
+        self._span = span
+        self._ahead: list[Unit] = []  # gathered before they were asked for, or kept because they come next
+        self._graph_kept = False  # this backward builds a graph of its own
+
+    def install(self, modules: Iterable[tuple[nn.Module, Unit]]) -> list[Any]:
+        """Hooks the modules; returns the handles."""
+        handles: list[Any] = []
+        for module, unit in modules:
+            # first before the user's own hooks, last after them: theirs may read parameters
+            handles.append(
+                module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
+            )
+            # always_call: a non-reentrant checkpoint stops its recomputation by an exception
+            handles.append(module.register_forward_hook(partial(self._after_forward, unit), always_call=True))
+        return handles
+
+    def __deepcopy__(self, memo: Any) -> "Gatherer":
+        return self  # as Runtime, which refuses where there is nothing to copy
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+    def _before_forward(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = Call(unit) if torch.is_grad_enabled() else None
+        unit.depth += 1
+        unit.calls.append(call)  # first: the hook after the forward runs even when something here raises
+        recomputing = in_backward()
+        if recomputing:
+            self._tasks.enter()
+        elif self._tasks.unfinished:
+            raise ZsError("the last backward raised an exception; call optimizer.abort_step() before going on")
+        self.need(unit, "backward" if recomputing else "forward")
+        if call is not None:
+            for tensor in tensors_in((args, kwargs)):
+                if tensor.requires_grad:
+                    call.inputs += 1
+                    tensor.register_hook(partial(self._after_input_gradient, call))
+            call.inputs_left = call.inputs
+
+    def _after_forward(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+        unit.depth -= 1
+        call = unit.calls.pop()
+        if call is not None:
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    call.outputs += 1
+                    tensor.register_hook(partial(self._before_backward, call))
+            if call.outputs == 0 and (unit.trainable or call.inputs):
+                unit.pinned = True  # its backward cannot be seen coming (a loss kept on the side)
+        if in_backward() or unit.depth or unit.pinned:
+            return
+        if call is not None and not self._reshard_after_forward:
+            return
+        coming = self.order.predict()
+        if coming is not None and coming[0] == unit.index:
+            self._ahead.append(unit)
+        else:
+            unit.release()
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+    def _before_backward(self, call: Call, _: Tensor) -> None:
+        self._tasks.enter()
+        unit = call.unit
+        if torch.is_grad_enabled():  # create_graph: the graph built now needs the values again later
+            unit.pinned = self._graph_kept = True
+        if call.running:
+            return
+        call.running = True
+        unit.running.append(call)
+        if unit.state is not ParamState.WHOLE:
+            unit.gradients = 0
+        self.need(unit, "backward")
+
+    def _after_input_gradient(self, call: Call, _: Tensor) -> None:
+        call.inputs_left -= 1
+        self._release_if_through(call.unit)
+
+    def after_gradient(self, unit: Unit) -> None:
+        """A parameter of `unit` got its gradient."""
+        unit.gradients += 1
+        self._release_if_through(unit)
+
+    def _release_if_through(self, unit: Unit) -> None:
+        if unit.pinned or unit.depth or not unit.running or unit.gradients < unit.trainable:
+            return
+        if all(call.inputs_left <= 0 for call in unit.running) and self._tasks.unfinished:
+            unit.release()
+            self._gather_ahead("backward")
+
+    def finish_backward(self) -> None:
+        """The outermost backward ended."""
+        for unit in self.units:
+            for call in unit.running:
+                call.running, call.inputs_left = False, call.inputs
+            unit.running.clear()
+            unit.gradients = 0
+            if not self._graph_kept:
+                unit.pinned = False
+            if not unit.pinned and not unit.depth:
+                unit.release()
+        self._graph_kept = False
+        self._ahead.clear()
+
+    # -- values -------------------------------------------------------------------------------------------------------
+    def need(self, unit: Unit, phase: str) -> None:
+        """Makes `unit` whole now, and starts on the one that came after it last time."""
+        self.order.observe((unit.index, phase))
+        for other in self._ahead:
+            if other is not unit and not other.depth and not other.pinned and not other.running:
+                with outside_autograd():
+                    other.release()  # the order changed
+        self._ahead.clear()
+        with outside_autograd():
+            if unit.state is not ParamState.WHOLE:
+                with self._span("zero.gather", unit.name):
+                    unit.gather()
+                    unit.wait()
+            self._gather_ahead(phase)
+
+    def _gather_ahead(self, phase: str) -> None:
+        coming = self.order.predict() if self._prefetch else None
+        if coming is None or (phase == "backward" and coming[1] == "forward"):
+            return  # between a backward and the next forward the values may change
+        unit = self.units[coming[0]]
+        if unit.state is not ParamState.RELEASED:
+            return
+        whole = sum(other.passing and other.state is not ParamState.RELEASED for other in self.units)
+        if whole < MAX_WHOLE_UNITS:
+            unit.gather()
+            self._ahead.append(unit)
+
+    def release_all(self) -> None:
+        """After the shards changed, or after an exception."""
+        for unit in self.units:
+            unit.release()
+        self._ahead.clear()
+
+    def forget(self) -> None:
+        """Drops everything known about forwards and backwards under way."""
+        for unit in self.units:
+            unit.depth, unit.gradients, unit.pinned = 0, 0, False
+            unit.calls.clear()
+            unit.running.clear()
+        self._graph_kept = False
+        self.release_all()

@@ -1,0 +1,261 @@
+"""Gradients: from the parameters into pooled flat buffers, summed over the ranks, kept as this rank's shard.
+
+    backward      |  head  |  block 2  |  block 1  |  embed  | end
+    fill buffer   ---fff------fff---------fff---------fff
+    reduce              [--head--][-block 2-][-block 1-][-embed-]
+    wait for it                   ^ one reduction later than it was issued
+
+Reductions are issued in one order, the reverse of the plan's, on every rank. Which parameters to wait for is agreed:
+those that took part last time on any rank. Whatever else turns up is reduced at the end of the backward, after the
+ranks told each other. So a parameter used on one rank only is an ordinary case, and "already reduced" does not exist.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from zs_comm import Group, Work, all_reduce, reduce_scatter
+
+from .flat import Flat
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks of data parallel training: shard x replicate = dp."""
+
+    dp: Group
+    shard: Group
+    replicate: Group
+    # Values travel on a channel of their own: gathers follow the model and reductions the plan, and where a gradient
+    # is missing on one rank the two streams interleave differently there.
+    gather: Group
+
+    @classmethod
+    def of(cls, dp: Group, shard: Group, replicate: Group) -> "Groups":
+        return cls(dp, shard, replicate, shard.channel(1) if shard.size > 1 else shard)
+
+    def set_checked(self, checked: bool) -> None:
+        for group in (self.dp, self.shard, self.replicate, self.gather):
+            group.checked = checked
+
+
+@dataclass
+class Bucket:
+    """The gradients of one trainable flat on their way."""
+
+    flat: Flat
+    expected: set[int]  # the parameters to wait for: those used last time, on any rank
+    buffer: Tensor | None = None  # (padded_numel,) in the wire's dtype
+    filled: set[int] = field(default_factory=set)  # parameters in `buffer`
+    fired: set[int] = field(default_factory=set)  # parameters that got a gradient in this backward
+    issued: bool = False
+
+
+class Reducer:
+    """Reduces the trainable flats' gradients; used from hooks during a backward (stages 2, 3) or at the step (0, 1)."""
+
+    def __init__(
+        self,
+        flats: Iterable[Flat],
+        groups: Groups,
+        *,
+        reduce_dtype: torch.dtype | None,
+        pre_factor: float | None,
+        post_factor: float,
+    ) -> None:
+        self.groups = groups
+        self.buckets = [Bucket(flat, set(range(len(flat.params)))) for flat in flats]
+        self._order = list(reversed(self.buckets))
+        # at the step whole gradients stand around already: the smallest goes first, so that its buffers add least
+        self._step_order = sorted(self._order, key=lambda bucket: bucket.flat.plan.padded_numel)
+        self._bucket_of = {id(bucket.flat): bucket for bucket in self.buckets}
+        self._reduce_dtype = reduce_dtype
+        self._pre_factor = pre_factor
+        self._post_factor = post_factor
+        self._cursor = 0
+        self._in_flight: deque[tuple[Flat, Tensor, Work]] = deque()
+        self._spare: list[Tensor] = []
+
+    # -- during a backward --------------------------------------------------------------------------------------------
+    def add(self, flat: Flat, index: int, grad: Tensor) -> None:
+        """Takes over parameter `index`'s gradient of this backward, and reduces what is complete."""
+        bucket = self._bucket_of[id(flat)]
+        self._fill(bucket, index, grad)
+        bucket.fired.add(index)
+        if not bucket.issued and bucket.expected <= bucket.filled:
+            self._issue_complete()
+
+    def finish_backward(self) -> None:
+        """Reduces what the backward left incomplete, after the ranks agreed on who took part."""
+        for bucket in self._order[self._cursor :]:
+            if bucket.expected:
+                self._issue(bucket)
+        used, late = self._agree_on_use([bucket.fired for bucket in self.buckets])
+        for bucket in self._order:
+            if used[id(bucket)] and not bucket.issued:
+                self._issue(bucket)
+        for bucket in self._order:
+            if late[id(bucket)]:
+                self._issue(bucket)
+        for bucket in self.buckets:
+            bucket.expected = used[id(bucket)]
+            bucket.flat.used |= used[id(bucket)]
+            bucket.fired, bucket.issued = set(), False
+        self._cursor = 0
+
+    def _issue_complete(self) -> None:
+        while self._cursor < len(self._order):
+            bucket = self._order[self._cursor]
+            if bucket.expected and not bucket.issued:
+                if not bucket.expected <= bucket.filled:
+                    return
+                self._issue(bucket)
+            self._cursor += 1
+
+    # -- at the step --------------------------------------------------------------------------------------------------
+    def flush(self) -> None:
+        """Reduces every gradient that still stands in its parameter (`p.grad`), then waits for all reductions."""
+        standing = [{i for i, p in enumerate(b.flat.params) if p.grad is not None} for b in self.buckets]
+        if self.groups.dp.size == 1:
+            for bucket, indices in zip(self.buckets, standing, strict=True):
+                self._keep_local(bucket.flat, indices)
+            return
+        used, _ = self._agree_on_use(standing)
+        for bucket in self._step_order:
+            if used[id(bucket)]:
+                for index, param in enumerate(bucket.flat.params):
+                    if param.grad is not None:
+                        self._fill(bucket, index, param.grad)
+                        param.grad = None
+                self._issue(bucket)
+                bucket.issued = False
+                bucket.flat.used |= used[id(bucket)]
+        while self._in_flight:
+            self._finish_oldest()
+
+    def _keep_local(self, flat: Flat, indices: set[int]) -> None:
+        """One rank: the sum is the gradient itself. Only 16-bit ones move, for the fp32 masters."""
+        before, flat.used = flat.used, flat.used | indices
+        if flat.plan.dtype == torch.float32 or not indices:
+            return
+        if flat.grad is None:
+            flat.grad = torch.zeros(flat.held_numel, dtype=torch.float32, device=flat.whole.device)
+        for index in indices:
+            param, view = flat.params[index], flat.grad[flat.plan.entries[index].offset : flat.plan.entries[index].stop]
+            if param.grad is not None:
+                view.add_(param.grad.detach().reshape(-1))
+                if index in before:
+                    view.copy_(view.to(flat.plan.dtype))
+                param.grad = None
+
+    def drop(self) -> None:
+        """Forgets all gradients: after the step, or when it is aborted (reductions under way are waited for)."""
+        while self._in_flight:
+            self._in_flight.popleft()[2].wait()
+        self._cursor = 0
+        self._spare.clear()
+        for bucket in self.buckets:
+            bucket.buffer, bucket.issued = None, False
+            bucket.filled.clear()
+            bucket.fired.clear()
+            bucket.flat.grad = None
+            bucket.flat.used = set()
+            for param in bucket.flat.params:
+                param.grad = None
+
+    # -- buffers ------------------------------------------------------------------------------------------------------
+    def _fill(self, bucket: Bucket, index: int, grad: Tensor) -> None:
+        grad = grad.detach()
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        if bucket.buffer is None:
+            if grad.numel() == bucket.flat.plan.padded_numel and self._travels_as_is(bucket.flat, grad):
+                bucket.buffer = grad.view(-1)  # it is the whole flat: no copy
+                bucket.filled.add(index)
+                return
+            bucket.buffer = self._take(bucket.flat)
+        entry = bucket.flat.plan.entries[index]
+        view = bucket.buffer[entry.offset : entry.stop].view(entry.spec.shape)
+        if index in bucket.filled:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+            bucket.filled.add(index)
+
+    def _take(self, flat: Flat) -> Tensor:
+        while len(self._in_flight) > 1:  # one reduction under way, one buffer being filled
+            self._finish_oldest()
+        numel, dtype = flat.plan.padded_numel, self._wire_dtype(flat)
+        for position, spare in enumerate(self._spare):
+            if spare.numel() == numel and spare.dtype == dtype:
+                return self._spare.pop(position)
+        self._spare.clear()  # blocks of one size follow one another; what does not fit now rarely does soon
+        return torch.empty(numel, dtype=dtype, device=flat.whole.device)
+
+    def _wire_dtype(self, flat: Flat) -> torch.dtype:
+        return self._reduce_dtype or flat.plan.dtype
+
+    def _travels_as_is(self, flat: Flat, grad: Tensor) -> bool:
+        while len(self._in_flight) > 1:
+            self._finish_oldest()
+        return grad.is_contiguous() and grad.dtype == self._wire_dtype(flat) and grad.device == flat.whole.device
+
+    # -- the collective -----------------------------------------------------------------------------------------------
+    def _issue(self, bucket: Bucket) -> None:
+        flat = bucket.flat
+        buffer = bucket.buffer if bucket.buffer is not None else self._take(flat)
+        for index, entry in enumerate(flat.plan.entries):
+            if index not in bucket.filled:  # what an earlier use of the buffer left there must not be added
+                buffer[entry.offset : entry.stop].zero_()
+        bucket.buffer, bucket.issued = None, True
+        bucket.filled.clear()
+        if self.groups.shard.size == 1:
+            work = all_reduce(
+                buffer, self.groups.replicate, op="sum", pre_factor=self._pre_factor, post_factor=self._post_factor,
+                label=flat.name, async_op=True,
+            )  # fmt: skip
+        else:
+            replicated = self.groups.replicate.size > 1
+            work = reduce_scatter(
+                buffer, self.groups.shard, op="sum", pre_factor=self._pre_factor,
+                post_factor=None if replicated else self._post_factor, label=flat.name, async_op=True,
+            )  # fmt: skip
+        self._in_flight.append((flat, buffer, work))
+
+    def _finish_oldest(self) -> None:
+        flat, buffer, work = self._in_flight.popleft()
+        result = work.wait()
+        if self.groups.shard.size == 1:
+            result = buffer
+        elif self.groups.replicate.size > 1:
+            all_reduce(result, self.groups.replicate, op="sum", post_factor=self._post_factor, label=flat.name)
+        if flat.grad is None:
+            flat.grad = result.float()
+        else:
+            flat.grad.add_(result)
+            if flat.plan.dtype != torch.float32:  # micro-steps accumulate in the gradients' own dtype, as in torch
+                flat.grad.copy_(flat.grad.to(flat.plan.dtype))
+        if flat.grad is not buffer:
+            self._spare.append(buffer)
+
+    # -- agreement ----------------------------------------------------------------------------------------------------
+    def _agree_on_use(self, mine: list[set[int]]) -> tuple[dict[int, set[int]], dict[int, bool]]:
+        """The union over the ranks of the parameters used, and which buckets have gradients that came after theirs."""
+        counts = [len(bucket.flat.params) for bucket in self.buckets]
+        message = torch.zeros(sum(counts) + len(self.buckets), dtype=torch.uint8)
+        base = 0
+        for bucket, indices, count in zip(self.buckets, mine, counts, strict=True):
+            for index in indices:
+                message[base + index] = 1
+            message[base + count] = bucket.issued and bool(bucket.filled)
+            base += count + 1
+        all_reduce(message, self.groups.dp, op="max", label="parameters used")
+        flags = message.tolist()
+        used, late, base = {}, {}, 0
+        for bucket, count in zip(self.buckets, counts, strict=True):
+            used[id(bucket)] = {index for index in range(count) if flags[base + index]}
+            late[id(bucket)] = bool(flags[base + count])
+            base += count + 1
+        return used, late

@@ -1,0 +1,329 @@
+"""The one ZeRO runtime: stages 0-3 are lifetimes in one table (ZeRO, section 5).
+
+    stage   parameters                        gradients                         optimizer state, fp32 masters
+    0       whole                             all-reduced at the step           whole
+    1       whole                             reduce-scattered at the step      shard
+    2       whole                             reduce-scattered in backward      shard
+    3       shard; whole while a unit runs    reduce-scattered in backward      shard
+
+Among one rank every stage is stage 0: there is nobody to share with.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zs_comm import ConfigError, Group, ZsError, all_gather, all_reduce, broadcast
+
+from .autograd import BackwardTasks, in_backward
+from .flat import Flat, ParamState
+from .gatherer import Gatherer, Unit
+from .initialize import materialize, slice_of
+from .norm import global_norm
+from .plan import ParamSpec, Plan, make_plan
+from .reducer import Groups, Reducer
+from .released import ReleasedParameterError
+from .sync import check_same_model, report_differing, send_from_first
+from .units import UnitChoice, UnitSpec, choose_units
+
+log = logging.getLogger("zs_zero")
+CHECKED_STEPS = 3  # so many steps in an unchanged order until calls are no longer compared between ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is sharded. See `zs_zero.shard`."""
+
+    stage: int
+    units: UnitChoice = None
+    dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    prefetch: bool = True
+    broadcast_buffers: bool = False
+    predivide_factor: float = 1.0
+    prescale: bool = False
+    has_optimizer: bool = True
+
+
+class Runtime:
+    """A sharded model: its plan, its units and what happens to them."""
+
+    def __init__(
+        self, model: nn.Module, groups: Groups, options: Options, *, ignored: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
+        self.model = model
+        self.groups = groups
+        self.options = options
+        self.device = device
+        self.stage = options.stage
+        self.sync = True
+        self.closed = False
+        self._ignored = {id(param) for param in ignored}
+        self._handles: list[Any] = []
+        self._steady_steps = self._order_changes = 0
+        sharded = groups.shard.size > 1
+        self.whole_state = options.stage == 0 or not sharded  # every rank owns all of it
+        self._reduces_in_backward = sharded and options.stage >= 2
+        self._releases = sharded and options.stage == 3
+        specs = choose_units(model, options.units, ignored=frozenset(self._ignored))
+        if not specs:
+            raise ConfigError(f"{type(model).__name__} has no parameters to shard")
+        self.plan = self._make_plan(specs)
+        self._check_same(specs)
+        self.units = [self._make_unit(index, spec) for index, spec in enumerate(specs)]
+        self.flats = [flat for unit in self.units for flat in unit.flats]
+        self.trainable = [flat for flat in self.flats if flat.plan.trainable]
+        self._where = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
+        self._send_buffers()
+        world = groups.dp.size
+        pre = 1.0 / world if options.prescale else 1.0 / options.predivide_factor
+        self.reducer = Reducer(
+            self.trainable,
+            groups,
+            reduce_dtype=options.reduce_dtype,
+            pre_factor=None if pre == 1.0 else pre,
+            post_factor=1.0 if options.prescale else options.predivide_factor / world,
+        )
+        self.tasks = BackwardTasks(self._finish_backward)
+        self.gatherer = Gatherer(
+            self.units,
+            self.tasks,
+            prefetch=options.prefetch,
+            reshard_after_forward=options.reshard_after_forward,
+            span=groups.dp.observers.span,
+        )
+        self._hook(specs)
+        groups.set_checked(True)
+
+    # -- building -----------------------------------------------------------------------------------------------------
+    def _make_plan(self, specs: Sequence[UnitSpec]) -> Plan:
+        # stage 0 owns every slice, yet cuts as finely as the others: so its gradient norm is summed in the same order
+        slices = self.groups.dp.size if self.stage == 0 else self.groups.shard.size
+        return make_plan(
+            [
+                (
+                    spec.name,
+                    spec.modules,
+                    [
+                        ParamSpec(name, tuple(param.shape), self._dtype_of(param), param.requires_grad)
+                        for name, param in spec.params.items()
+                    ],
+                )
+                for spec in specs
+            ],
+            slices=slices,
+        )
+
+    def _dtype_of(self, param: nn.Parameter) -> torch.dtype:
+        if not param.is_floating_point():
+            return param.dtype
+        sliced = slice_of(param)
+        return self.options.dtype or (sliced.dtype if sliced is not None else None) or param.dtype
+
+    def _check_same(self, specs: Sequence[UnitSpec]) -> None:
+        lines = [f"stage {self.stage}", f"dtype {self.options.dtype}", f"slices {self.plan.slices}"]
+        for unit in self.plan.units:
+            for flat in unit.flats:
+                for entry in flat.entries:
+                    kind = "" if entry.spec.trainable else " frozen"
+                    lines.append(f"{entry.spec.name} {entry.spec.shape} {entry.spec.dtype}{kind} in {unit.name!r}")
+        lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in self.model.named_buffers()]
+        check_same_model("\n".join(lines), self.groups.dp)
+
+    def _make_unit(self, index: int, spec: UnitSpec) -> Unit:
+        materialize(self.model, spec, self.device)
+        here = {name: param.data for name, param in spec.params.items() if slice_of(param) is None}
+        report_differing(send_from_first(here, self.groups.dp), self.groups.dp)
+        del here
+        planned = self.plan.units[index]
+        held = range(self.plan.slices) if self.whole_state else range(self.groups.shard.rank, self.groups.shard.rank + 1)
+        flats = []
+        for flat_plan in planned.flats:
+            params = [spec.params[entry.spec.name] for entry in flat_plan.entries]
+            flat = Flat(
+                flat_plan, params, self.groups.gather, held=held, releasable=self._releases, name=spec.name or "(root)"
+            )
+            flat.adopt(self.device, want_master=self.options.has_optimizer)
+            for param in params:
+                param.__dict__["_zs_flat"] = (self, flat)  # how gathered(params) finds its way
+            flats.append(flat)
+        unit = Unit(index, spec.name or "(root)", flats, passing="" not in spec.modules and "(shared)" not in spec.name)
+        unit.release()
+        return unit
+
+    def _send_buffers(self) -> None:
+        buffers = {}
+        for name, buffer in self.model.named_buffers():
+            if buffer.device != self.device:
+                buffer.data = buffer.data.to(self.device)
+            buffers[name] = buffer
+        report_differing(send_from_first(buffers, self.groups.dp), self.groups.dp)
+
+    def _hook(self, specs: Sequence[UnitSpec]) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        if self._releases:
+            self._handles += self.gatherer.install(
+                (modules[name], unit) for unit, spec in zip(self.units, specs, strict=True) for name in spec.modules
+            )
+            self._handles.append(self.model.register_state_dict_pre_hook(self._refuse_state_dict))
+        if self._reduces_in_backward:
+            for unit in self.units:
+                for flat in unit.flats:
+                    if flat.plan.trainable:
+                        for index, param in enumerate(flat.params):
+                            hook = partial(self._after_gradient, unit, flat, index)
+                            self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        if self.options.broadcast_buffers and self.groups.dp.size > 1:
+            self._handles.append(self.model.register_forward_pre_hook(self._broadcast_buffers))
+        self._handles.append(self.model.register_load_state_dict_post_hook(self._after_load))
+
+    def __deepcopy__(self, memo: Any) -> "Runtime":
+        """Reached through the model's hooks: a copy of the model (an average of its weights, say) is an ordinary one."""
+        for flat in self.flats:
+            if flat.state is ParamState.RELEASED:
+                raise ReleasedParameterError(
+                    f"a model sharded at stage 3 cannot be copied: {flat.plan.entries[0].spec.name!r} and others are "
+                    f"spread over the ranks; load zs_zero.full_state_dict(model) into a new one"
+                )
+        return self
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+    def _after_gradient(self, unit: Unit, flat: Flat, index: int, param: Tensor) -> None:
+        self.tasks.enter()
+        if self.sync and param.grad is not None:
+            grad, param.grad = param.grad, None
+            self.reducer.add(flat, index, grad)
+        if self._releases:
+            self.gatherer.after_gradient(unit)
+
+    def _finish_backward(self) -> None:
+        with torch.no_grad():
+            if self._releases:
+                self.gatherer.finish_backward()
+            if self.sync:
+                self.reducer.finish_backward()
+
+    def _broadcast_buffers(self, module: nn.Module, _: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not in_backward():
+            for name, buffer in module.named_buffers():
+                broadcast(buffer.data.view(-1), self.groups.dp, src=0, label=name)
+
+    def _refuse_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        released = [e.spec.name for f in self.flats if f.state is ParamState.RELEASED for e in f.plan.entries]
+        if released:
+            shown = ", ".join(released[:4]) + (f" and {len(released) - 4} more" if len(released) > 4 else "")
+            raise ZsError(
+                f"state_dict() at stage 3 would lack {shown}: their values are spread over the ranks; use "
+                f"zs_zero.full_state_dict(model) on every rank"
+            )
+
+    def _after_load(self, module: nn.Module, _: Any) -> None:
+        for flat in self.flats:
+            if flat.state is ParamState.WHOLE:
+                flat.adopt_writes(force=True)
+
+    # -- the window ---------------------------------------------------------------------------------------------------
+    def after_update(self) -> None:
+        """The optimizer changed the masters: spread the new values and close the window."""
+        self.gatherer.release_all()
+        under_way = []
+        for flat in self.trainable:
+            if flat.used:
+                flat.write_back()
+                flat.bump_versions()
+                under_way.append(flat.publish())
+                if len(under_way) > 2 and (work := under_way[-3]) is not None:
+                    work.wait()
+        for work in under_way:
+            if work is not None:
+                work.wait()
+        self.reducer.drop()
+        self._count_step()
+
+    def _count_step(self) -> None:
+        """Calls are compared between ranks while the order of units is new, and a few steps after it changed."""
+        if self.gatherer.order.changes != self._order_changes:
+            self._order_changes, self._steady_steps = self.gatherer.order.changes, 0
+        self._steady_steps += 1
+        self.groups.set_checked(self._steady_steps < CHECKED_STEPS)
+
+    def grad_norm(self) -> Tensor:
+        return global_norm(
+            self.trainable,
+            self.groups.shard if not self.whole_state else Group.single(),
+            slices=self.plan.slices,
+        )
+
+    def abort(self) -> None:
+        self.tasks.forget()
+        self.gatherer.forget()
+        self.reducer.drop()
+
+    def check_no_backward(self, call: str) -> None:
+        if self.tasks.unfinished and not in_backward():
+            raise ZsError(f"the last backward raised an exception; call optimizer.abort_step() before {call}")
+
+    # -- values by parameter ------------------------------------------------------------------------------------------
+    def is_ignored(self, param: Tensor) -> bool:
+        return id(param) in self._ignored
+
+    def flat_of(self, param: Tensor) -> tuple[Flat, int]:
+        try:
+            return self._where[id(param)]
+        except KeyError:
+            raise ConfigError("this tensor is no parameter of the sharded model") from None
+
+    def whole_of(self, flat: Flat, param: nn.Parameter, held: Tensor) -> Tensor:
+        """One parameter's values, whole, from every rank's `held` (held_numel,) tensor. Collective."""
+        entry = flat.plan.entries[self._where[id(param)][1]]
+        if self.whole_state:
+            return held[entry.offset : entry.stop].view(entry.spec.shape).clone()
+        whole = torch.empty(flat.plan.padded_numel, dtype=held.dtype, device=held.device)
+        all_gather(whole, self.groups.shard, shard=held, label=entry.spec.name)
+        return whole[entry.offset : entry.stop].view(entry.spec.shape).clone()
+
+    def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
+        """Sets one parameter from its whole fp32 value (numel,), the same on every rank."""
+        for held in flat.held_pieces():
+            if held.param is param:
+                part = value[held.piece.start : held.piece.stop]
+                for target in (flat.master, flat.shard):
+                    if target is not None:
+                        target[held.low : held.high].copy_(part)
+        if flat.state is ParamState.WHOLE:
+            param.data.view(-1).copy_(value)
+            flat.note_versions()
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Which flags are set on any rank. Collective."""
+        message = torch.tensor([int(flag) for flag in flags], dtype=torch.uint8)
+        all_reduce(message, self.groups.dp, op="max", label="flags")
+        return [bool(flag) for flag in message.tolist()]
+
+    def scalar_anywhere(self, value: Any) -> Tensor:
+        """A 0-dim state that at least one rank knows (fp64 on the wire); equal where several do. Collective."""
+        known = torch.tensor([float(value) if value is not None else -torch.inf], dtype=torch.float64)
+        all_reduce(known, self.groups.dp, op="max", label="scalar state")
+        return known[0].float()
+
+    def span(self, name: str, label: str) -> AbstractContextManager[None]:
+        return self.groups.dp.observers.span(name, label)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        for unit in self.units:
+            unit.gather()
+            unit.wait()
+        for handle in self._handles:
+            handle.remove()
+        for flat in self.flats:
+            for param in flat.params:
+                param.__dict__.pop("_zs_flat", None)

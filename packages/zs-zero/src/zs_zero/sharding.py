@@ -1,0 +1,157 @@
+"""`shard`: the entrance. A model and an optimizer in, the same model sharded and its optimizer out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from zs_comm import ConfigError, Group, Mesh, as_group
+
+from .elementwise import require_element_wise
+from .optimizer import ZeroOptimizer
+from .reducer import Groups
+from .runtime import Options, Runtime
+from .units import UnitChoice
+
+_SIXTEEN_BIT_OR_FULL = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shard(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    stage: int = 3,
+    mesh: Any = None,
+    units: UnitChoice = None,
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    prefetch: bool = True,
+    ignore: Iterable[nn.Module | nn.Parameter | str] = (),
+    broadcast_buffers: bool = False,
+    predivide_factor: float = 1.0,
+    prescale: bool = False,
+    allow_untested_optimizer: bool = False,
+    device: torch.device | str | None = None,
+) -> ZeroOptimizer:
+    """Shards `model` in place over data-parallel ranks and returns the optimizer to step. Collective.
+
+    Names and identities of modules and parameters stay; the loop stays `loss.backward(); optimizer.step();
+    optimizer.zero_grad()`, and `step()` ends an accumulation window. Without an optimizer the model can be evaluated.
+
+    Args:
+        model: any module, on one device (or meta: then built unit by unit by its `reset_parameters`).
+        optimizer: over this model's parameters; element-wise at stages 1-3.
+        stage: 0 replicate, 1 shard optimizer state, 2 also gradients, 3 also parameters (ZeRO, section 5).
+        mesh: the data-parallel ranks: None (all), a `zs_comm.Mesh` (its dp axis, replicate x shard where it has them),
+            a `zs_comm.Group`, a torch `ProcessGroup`, or a torch `DeviceMesh` (1-d: shard; 2-d: replicate x shard).
+        units: what is gathered and reduced together: module classes, names, or `callable(name, module) -> bool`. The
+            default, the model's blocks, is shown by `print(optimizer.plan)`.
+        dtype: cast floating-point parameters to this dtype; 16-bit ones get fp32 masters, taken before the cast.
+        reduce_dtype: dtype of gradients on the wire (sums run in fp32); default: the parameters'.
+        reshard_after_forward: False keeps units whole from forward to backward (more memory, fewer bytes).
+        prefetch: gather the next unit ahead, in the order seen last time.
+        ignore: modules, parameters or names that stay whole, local and unreduced.
+        broadcast_buffers: send rank 0's buffers before every training forward (as DDP does); else they stay local.
+        predivide_factor: gradients are divided by it before the sum and by world / predivide_factor after it.
+        prescale: divide gradients by world before the sum instead of after it.
+        allow_untested_optimizer: accept an optimizer that is not known to be element-wise.
+        device: where the sharded model lives; default: where its parameters are.
+
+    Raises:
+        ConfigError: for an impossible combination, a model without parameters, or an optimizer that does not fit.
+        RankDisagreement: when ranks bring different models or options.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"stage is 0, 1, 2 or 3 (got {stage!r})")
+    for name, value in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
+        if value is not None and value not in _SIXTEEN_BIT_OR_FULL:
+            raise ConfigError(f"{name} is torch.float32, torch.bfloat16 or torch.float16 (got {value})")
+    if not predivide_factor > 0:
+        raise ConfigError(f"predivide_factor is a number above 0 (got {predivide_factor!r})")
+    if getattr(model, "_zs_runtime", None) is not None and not model._zs_runtime.closed:
+        raise ConfigError(f"this {type(model).__name__} is sharded already: close() its optimizer first")
+    groups = _groups(mesh, stage)
+    ignored = _ignored(model, ignore)
+    if optimizer is not None:
+        _check_optimizer(model, optimizer)
+        require_element_wise(optimizer, stage=stage, allow_untested=allow_untested_optimizer)
+    options = Options(
+        stage=stage,
+        units=units,
+        dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        reshard_after_forward=reshard_after_forward,
+        prefetch=prefetch,
+        broadcast_buffers=broadcast_buffers,
+        predivide_factor=predivide_factor,
+        prescale=prescale,
+        has_optimizer=optimizer is not None,
+    )
+    with torch.no_grad():
+        runtime = Runtime(model, groups, options, ignored=ignored, device=_device(model, device))
+        # how gathered() and full_state_dict() find the runtime; object.__setattr__ because it is no part of the module
+        object.__setattr__(model, "_zs_runtime", runtime)
+        return ZeroOptimizer(runtime, optimizer)
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a sharded model.
+
+    Raises:
+        ConfigError: when `model` was not given to `shard`.
+    """
+    runtime = getattr(model, "_zs_runtime", None)
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(f"this {type(model).__name__} is not sharded: give it to zs_zero.shard first")
+    return runtime
+
+
+def _groups(mesh: Any, stage: int) -> Groups:
+    single = Group.single()
+    if isinstance(mesh, Mesh):
+        dp, sharding, replicating = mesh.group("dp"), mesh.group("shard"), mesh.group("replicate")
+    elif getattr(mesh, "ndim", 1) == 2 and hasattr(mesh, "get_group"):  # a torch DeviceMesh
+        dp = as_group(axis="dp")
+        if mesh.size() != dp.size:
+            raise ConfigError(f"mesh has {mesh.size()} ranks, the world has {dp.size}: give a zs_comm.Mesh of parts")
+        replicating = as_group(mesh.get_group(0), axis="replicate", hub=dp.hub)
+        sharding = as_group(mesh.get_group(1), axis="shard", hub=dp.hub)
+    else:
+        dp = as_group(mesh, axis="dp")
+        sharding, replicating = dp, single
+    return Groups.of(dp, single, dp) if stage == 0 else Groups.of(dp, sharding, replicating)
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    kinds = {param.device for param in model.parameters()} - {torch.device("meta")}
+    if len(kinds) > 1:
+        raise ConfigError(f"parameters on several devices ({', '.join(sorted(map(str, kinds)))}): move the model to one")
+    if kinds:
+        return next(iter(kinds))
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _ignored(model: nn.Module, ignore: Iterable[nn.Module | nn.Parameter | str]) -> list[nn.Parameter]:
+    modules, params = dict(model.named_modules()), dict(model.named_parameters())
+    found: list[nn.Parameter] = []
+    for item in ignore:
+        if isinstance(item, str):
+            if item not in modules and item not in params:
+                raise ConfigError(f"ignore: {item!r} names no module or parameter of the model")
+            item = modules[item] if item in modules else params[item]
+        found += [item] if isinstance(item, nn.Parameter) else list(item.parameters())
+    return found
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    known = {id(param) for param in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            if id(param) not in known:
+                raise ConfigError(
+                    f"param_groups[{number}]['params'][{position}] of the optimizer (shape {tuple(param.shape)}) is no "
+                    f"parameter of the model; build the optimizer over model.parameters()"
+                )

@@ -1,0 +1,366 @@
+"""Small models with one difficulty each: a `Case` is a model, its losses and its optimizer.
+
+The data depends on (step, micro-step, rank) only, so that every way of training sees the same. `zoo_runs` trains them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+WIDTH, VOCAB, LENGTH = 16, 29, 6
+
+Named = dict[str, Tensor]
+Make = Callable[[Named], torch.optim.Optimizer]
+
+
+class Micro(NamedTuple):
+    """Which data: the same for every way of training."""
+
+    step: int
+    micro: int
+    rank: int
+    world: int
+    dtype: torch.dtype
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed((self.step * 64 + self.micro) * 64 + self.rank)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:  # (2, LENGTH) each
+        ids = torch.randint(VOCAB, (2, LENGTH + 1), generator=self.generator())
+        return ids[:, :-1], ids[:, 1:]
+
+    def vectors(self, width: int = WIDTH) -> tuple[Tensor, Tensor]:  # (4, width), (4, 3)
+        source = self.generator()
+        return torch.randn(4, width, generator=source).to(self.dtype), torch.randn(4, 3, generator=source)
+
+    def images(self) -> tuple[Tensor, Tensor]:  # (4, 3, 6, 6), (4,)
+        source = self.generator()
+        return torch.randn(4, 3, 6, 6, generator=source).to(self.dtype), torch.randint(5, (4,), generator=source)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and how it is trained. `losses` yields those of one micro-step; each gets a backward of its own."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    losses: Callable[[nn.Module, Micro], Iterator[Tensor]]
+    optimizer: Make = field(default=lambda named: torch.optim.AdamW(list(named.values()), lr=3e-3, weight_decay=0.1))
+    backwards: int = 1  # losses of one micro-step
+    ddp: dict[str, Any] | None = field(default_factory=dict)  # DDP's options; None: DDP cannot run it, see `Averaging`
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """The unit of every model here."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Branching(Block):
+    """A block with a part that runs on demand."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.detour = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, detour: bool = False) -> Tensor:
+        x = super().forward(x)
+        return x + self.detour(x) if detour else x
+
+
+class Attention(Block):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return super().forward(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+class Gpt(nn.Module):
+    def __init__(self, *, tied: bool = False, recompute: str = "") -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+        self.recompute = recompute
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place.weight
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.recompute == "reentrant") if self.recompute else block(x)
+        return self.head(self.norm(x))
+
+
+class Cnn(nn.Module):
+    """BatchNorm: running statistics are local to a rank, and counted.
+
+    No bias below a BatchNorm: its gradient is 0 plus rounding, which Adam's division makes as large as any other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU()),
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+class Chosen(nn.Module):
+    """Runs the blocks it is told to, in that order: twice, never, in some steps or on some ranks."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, path: Sequence[int]) -> Tensor:
+        for index in path:
+            x = self.blocks[index](x)
+        return self.head(x)
+
+
+class Detours(nn.Module):
+    """All ranks enter the same blocks; a rank may use parameters there that another one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Branching() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, detours: Sequence[bool]) -> Tensor:
+        for block, detour in zip(self.blocks, detours, strict=True):
+            x = block(x, detour)
+        return self.head(x)
+
+
+class PartlyFrozen(Chosen):
+    """A frozen block below a trainable one, one above it, one frozen in part, and a frozen bias at the top."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=5)
+        for module in (self.blocks[0], self.blocks[2], self.blocks[3].up):
+            module.requires_grad_(False)
+        self.head.bias.requires_grad_(False)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.left, self.right = Block(), nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(x)
+        return self.left(y), self.right(y)
+
+
+@dataclass
+class Record:
+    state: Tensor
+    extra: Any = None
+
+
+class Pair(NamedTuple):
+    state: Tensor
+    extra: Any = None
+
+
+class Custom:
+    """Known to torch's pytree only."""
+
+    def __init__(self, state: Tensor, extra: Any) -> None:
+        self.state, self.extra = state, extra
+
+
+pytree.register_pytree_node(Custom, lambda node: ([node.state, node.extra], None), lambda parts, _: Custom(*parts))
+
+
+class Structured(nn.Module):
+    """Blocks that take and give their tensors inside of something."""
+
+    class Piece(Block):
+        def __init__(self, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> None:
+            super().__init__()
+            self.wrap, self.unwrap = wrap, unwrap
+
+        def forward(self, x: Any) -> Any:
+            y = super().forward(self.unwrap(x))
+            return self.wrap(y, [None, y.detach(), "text"])
+
+    def __init__(self, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.wrap, self.unwrap = wrap, unwrap
+        self.blocks = nn.ModuleList(Structured.Piece(wrap, unwrap) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.wrap(x, None)
+        for block in self.blocks:
+            y = block(y)
+        return self.wrap(self.head(self.unwrap(y)), y)
+
+
+class Primes(nn.Module):
+    """No parameter count divides by anything, and one parameter has no dim at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.lone = nn.Parameter(torch.tensor([0.5]))
+        self.blocks = nn.ModuleList([nn.Linear(7, 13), nn.Linear(13, 11, bias=False), nn.Linear(11, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x)) * self.scale
+        return x + self.lone
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _next_token(model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    ids, wanted = at.tokens()
+    yield F.cross_entropy(model(ids).float().flatten(0, 1), wanted.flatten())
+
+
+def _image_class(model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    images, wanted = at.images()
+    yield F.cross_entropy(model(images).float(), wanted)
+
+
+def _along(path: Callable[[Micro], Sequence[int]], model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    x, y = at.vectors()
+    yield F.mse_loss(model(x, path(at)).float(), y)
+
+
+def _two_backwards(model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    yield from _along(lambda at: (0, 1), model, at)
+    yield 0.5 * next(_along(lambda at: (1, 2), model, at._replace(micro=at.micro + 32)))
+
+
+def _summed(model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    first, second = _two_backwards(model, at)
+    yield first + second
+
+
+def _two_heads(model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    x, y = at.vectors()
+    left, right = model(x)
+    yield F.mse_loss(left.float(), y)  # its backward keeps the graph, see `_loop`
+    yield F.l1_loss(right.float(), y)
+
+
+def _structured(unwrap: Callable[[Any], Tensor], model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    x, y = at.vectors()
+    yield F.mse_loss(unwrap(model(x)).float(), y)
+
+
+def _plain_vectors(width: int, model: nn.Module, at: Micro) -> Iterator[Tensor]:
+    x, y = at.vectors(width)
+    yield F.mse_loss(model(x).float(), y)
+
+
+# -- the cases -------------------------------------------------------------------------------------------------------
+
+
+_UNUSED = {"find_unused_parameters": True}
+_SYNC_BUFFERS = ("forward_sync_buffers", "broadcast_buffers")  # by which name this torch has it
+_OWN_BUFFERS = {next(name for name in _SYNC_BUFFERS if name in signature(DistributedDataParallel).parameters): False}
+
+
+def _structure(name: str, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> Case:
+    return Case(f"outputs in a {name}", partial(Structured, wrap, unwrap), partial(_structured, unwrap))
+
+
+def _groups(named: Named) -> torch.optim.Optimizer:
+    decayed = [param for param in named.values() if param.dim() > 1]
+    others = [param for param in named.values() if param.dim() <= 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0, "lr": 1e-2}], lr=2e-3)
+
+
+def _adamw(named: Named, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(named.values()), lr=3e-3, weight_decay=0.1, **options)
+
+
+def _sgd(named: Named) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(named.values()), lr=0.03, momentum=0.9, weight_decay=0.01)
+
+
+def _adagrad(named: Named) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(list(named.values()), lr=0.01, weight_decay=0.01)
+
+
+def _chosen(name: str, path: Callable[[Micro], Sequence[int]], **options: Any) -> Case:
+    return Case(name, Chosen, partial(_along, path), **options)
+
+
+def _detours(name: str, detours: Callable[[Micro], Sequence[bool]]) -> Case:
+    return Case(name, Detours, partial(_along, detours), ddp=_UNUSED)
+
+
+CASES = [
+    Case("gpt", Gpt, _next_token),
+    Case("tied embeddings", partial(Gpt, tied=True), _next_token),
+    Case("cnn with batch norm", Cnn, _image_class, ddp=_OWN_BUFFERS),
+    _chosen("a module used twice", lambda at: (0, 1, 0, 2)),
+    _chosen("a module used twice in a row", lambda at: (0, 1, 1, 2)),
+    _chosen("parameters never used", lambda at: (0, 2), ddp=_UNUSED),
+    _chosen("parameters used from step 5 on", lambda at: (0, 1, 2) if at.step > 4 else (0, 2), ddp=_UNUSED),
+    _chosen("parameters used in some steps", lambda at: (0, 1, 2) if at.step % 3 else (0, 2), ddp=_UNUSED),
+    _detours("parameters used on one rank only", lambda at: (at.rank == 0, at.rank != 0)),
+    _detours("parameters used on one rank in turn", lambda at: (at.rank == at.step % (at.world + 1), True)),
+    Case("frozen parameters", PartlyFrozen, partial(_along, lambda at: range(5))),
+    Case("two parameter groups", Gpt, _next_token, _groups),
+    Case("two losses summed", Chosen, _summed),
+    Case("two forwards and backwards", Chosen, _two_backwards, backwards=2, ddp=None),
+    Case("two backwards of one forward", TwoHeads, _two_heads, backwards=2, ddp=None),
+    Case("checkpoint, reentrant", partial(Gpt, recompute="reentrant"), _next_token),
+    Case("checkpoint, not reentrant", partial(Gpt, recompute="saved tensors"), _next_token),
+    _structure("dict", lambda y, extra: {"extra": extra, "state": y}, lambda out: out["state"]),
+    _structure("tuple", lambda y, extra: (extra, y), lambda out: out[1]),
+    _structure("dataclass", Record, lambda out: out.state),
+    _structure("named tuple", Pair, lambda out: out.state),
+    _structure("custom pytree node", Custom, lambda out: out.state),
+    Case("primes", Primes, partial(_plain_vectors, 7)),
+]
+OPTIMIZERS = [
+    _chosen("sgd with momentum", lambda at: (0, 1), optimizer=_sgd, ddp=_UNUSED),
+    _chosen("adagrad", lambda at: (0, 1), optimizer=_adagrad, ddp=_UNUSED),
+    _chosen("fused adamw", lambda at: (0, 1), optimizer=partial(_adamw, fused=True), ddp=_UNUSED),
+    Case("fused adamw, primes", Primes, partial(_plain_vectors, 7), partial(_adamw, fused=True)),
+    _chosen(
+        "foreach adamw, amsgrad",
+        lambda at: (0, 1),
+        optimizer=partial(_adamw, foreach=True, amsgrad=True),
+        ddp=_UNUSED,
+    ),
+]
+BY_NAME = {case.name: case for case in [*CASES, *OPTIMIZERS]}
