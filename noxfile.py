@@ -6,8 +6,10 @@ environment, run from an empty directory. Matrices come from the packages' metad
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -197,12 +199,8 @@ def _inputs_digest() -> str:
 
 def _uv() -> str:
     """uv beside this nox (`pip install nox uv`), the one that runs it (`uvx nox`), or the one on PATH."""
-    try:
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    except (ImportError, FileNotFoundError):
-        pass
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        return str(importlib.import_module("uv").find_uv_bin())
     found = os.environ.get("UV") or shutil.which("uv")
     if not found:
         raise SystemExit("uv is not installed: python -m pip install uv")

@@ -63,5 +63,6 @@ def _reason(log: str) -> str:
     if os.environ.get("BENCH_VERBOSE"):
         say(log)
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
-    return (errors or lines or ["no output"])[-1 if not errors else 0][:300]
+    consequences = ("ChildFailed", "Connection closed by peer", "PeerLost")  # of another rank's error
+    errors = [line for line in lines if "Error" in line and not any(word in line for word in consequences)]
+    return (errors[:1] or lines[-1:] or ["no output"])[0][:300]

@@ -8,7 +8,7 @@ With AdamW, W ranks, c bytes per parameter (4 or 2) and m bytes of optimizer sta
     2        c + m / W        its shard, c / W, and two units of it
     3        (c + m) / W      its shard, c / W, two units of it, and two whole units of parameters
 
-The peak is counted from the allocator's own events, less what the activations of the same step take in plain torch.
+The peak is counted from the allocator's own events, less what the activations of the same forward take in plain torch.
 """
 
 from __future__ import annotations
@@ -84,19 +84,18 @@ def worker(task: dict[str, Any]) -> Record:
 
 
 def activation_nbytes(workload: Workload) -> int:
-    """The most that forward and backward take in plain torch beside parameters; each gradient goes when it is whole."""
+    """The most that a forward takes in plain torch beside the parameters."""
     with probes.trace_allocations() as trace:
         model = workload.model().to(workload.torch_dtype)
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with record_function("step"):
-            model(*workload.batch(0, 0)).backward()
-    return trace.peak("step") - parameters
+        with record_function("forward"):
+            loss = model(*workload.batch(0, 0))
+        del loss
+    return trace.peak("forward") - parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--size", default="short", choices=SIZES)
     parser.add_argument("--dtype", default="fp32,bf16", help="one or both, separated by a comma")
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--worlds", default="1,2,4", help="numbers of ranks, separated by commas")
@@ -141,7 +140,3 @@ def _cells(records: list[Record], stage: int, dtype: str) -> list[str]:
 def _state(dtype: str) -> tuple[int, int]:
     """(bytes of a parameter and of its gradient, bytes of its optimizer state with the master copy if there is one)."""
     return DTYPES[dtype].itemsize, 8 if dtype == "fp32" else 12
-
-
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None

@@ -12,6 +12,7 @@ from torch import Tensor
 SIZES = {
     "tiny": GPTConfig(layers=2, width=64, heads=4, context=32, vocab=256, init_std=0.02),
     "small": GPTConfig(layers=4, width=256, heads=4, context=128, vocab=4096, init_std=0.02),
+    "short": GPTConfig(layers=4, width=256, heads=4, context=16, vocab=4096, init_std=0.02),  # hardly any activations
     "base": GPTConfig(layers=8, width=512, heads=8, context=256, vocab=8192, init_std=0.02),
     "large": GPTConfig(layers=12, width=768, heads=12, context=256, vocab=16384, init_std=0.02),
     "xl": GPTConfig(layers=24, width=1024, heads=16, context=1024, vocab=32768, init_std=0.02),

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from workspace import ROOT, graph, sibling_imports
 
 SNAPSHOT = ROOT / "tests/repo/public_api.txt"
@@ -51,7 +52,7 @@ class Bare:
 
 def signature(value: Any) -> str:
     """As written, but a default that is no plain value is `...`: its repr would be this machine's."""
-    if inspect.isclass(value) and (issubclass(value, enum.Enum) or getattr(value, "_is_protocol", False)):
+    if inspect.isclass(value) and (issubclass(value, enum.Enum | BaseModel) or getattr(value, "_is_protocol", False)):
         return ""
     try:
         found = inspect.signature(value)
@@ -81,8 +82,11 @@ def entries(module: str, name: str) -> Iterator[str]:
 
 
 def members(prefix: str, cls: type) -> Iterator[str]:
+    if issubclass(cls, BaseModel):
+        for key, field in cls.model_fields.items():
+            yield f"{prefix}.{key} (key{', required' if field.is_required() else ''})"
     for key, value in sorted(vars(cls).items()):
-        if key.startswith("_") or key in ("model_config",) or issubclass(cls, enum.Enum):
+        if key.startswith("_") or key == "model_config" or issubclass(cls, enum.Enum):
             continue
         if isinstance(value, property):
             yield f"{prefix}.{key} (property)"

@@ -57,6 +57,13 @@ def test_lint_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "cannot read the configuration" in capsys.readouterr().err
 
 
+def test_lint_of_no_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.json"
+    file.write_text("[]")
+    assert main(["lint", str(file)]) == 1
+    assert "the configuration should be an object" in out(capsys)
+
+
 def test_schema_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     schema = json.loads(out(capsys))

@@ -151,6 +151,12 @@ def test_fp16_and_bf16_are_one_problem_that_names_both() -> None:
         ]
 
 
+def test_values_for_each_group() -> None:
+    lists = {"type": "WarmupLR", "params": {"warmup_min_lr": [0.0, 0.1], "warmup_max_lr": [1.0, 2.0]}}
+    assert problems({"optimizer": {"type": "LBFGS"}, "scheduler": lists}) == []
+    assert problems({"scheduler": {"type": "MultiStepLR", "params": {"milestones": []}}}) == []
+
+
 def test_no_object() -> None:
     assert problems([1]) == ["the configuration should be an object (got [1])"]
 
@@ -248,6 +254,16 @@ def test_notes_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "zs_engine"):
         load(MICRO | {"gradient_clipping": 0})
     assert caplog.messages == []
+
+
+def test_adam_is_adamw_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for params, lines in (({}, 1), ({"adam_w_mode": True}, 1), ({"adam_w_mode": False}, 0)):
+        caplog.clear()
+        config = MICRO | {"gradient_clipping": 1.0, "optimizer": {"type": "Adam", "params": params}}
+        with caplog.at_level(logging.INFO):
+            load(config)[0].optimizer.factory()
+        assert len(caplog.messages) == lines
+        assert all("'Adam' is AdamW" in line for line in caplog.messages)
 
 
 def test_every_key_has_a_verdict() -> None:

@@ -213,6 +213,28 @@ def test_bf16() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_options_reach_the_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = zs_zero.shard
+
+    def shard(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(zs_zero, "shard", shard)
+    engine_of(
+        zero_optimization={"stage": 2, "stage3_prefetch_bucket_size": 0},
+        bf16={"enabled": True},
+        communication_data_type="fp32",
+        prescale_gradients=True,
+        gradient_predivide_factor=2,
+        zero_allow_untested_optimizer=True,
+    )
+    assert (seen["stage"], seen["prefetch"], seen["dtype"]) == (2, False, torch.bfloat16)
+    assert (seen["reduce_dtype"], seen["prescale"], seen["predivide_factor"]) == (torch.float32, True, 2.0)
+    assert seen["allow_untested_optimizer"] is True
+
+
 def test_two_engines_share_nothing() -> None:
     first, second, alone = (
         engine_of(zero_optimization={"stage": 3}),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import zs_comm
 import zs_engine
 import zs_zero
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from zs_comm import Group
 from zs_comm.testing import RunResult, run_ranks
 
@@ -65,6 +67,47 @@ def test_two_ranks_train_like_one_with_both_halves(stage: int) -> None:
     for name, value in zs_zero.full_state_dict(alone.module).items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def built_under_init(group: Group) -> tuple[float | None, dict[str, Tensor]]:
+    config = CONFIG | {"zero_optimization": {"stage": 3}}
+    with zs_zero.Init(config_dict_or_path=config, mesh=group, live_numel=0):
+        model = net()
+    engine = zs_engine.initialize(model=model, mesh=group, config=config)[0]
+    train(engine, micro_batches(group.rank, group.size, 12))
+    return engine.get_global_grad_norm(), zs_zero.full_state_dict(engine.module)
+
+
+def test_a_model_built_under_init() -> None:
+    (norm, weights), _ = run_ranks(built_under_init, 2)
+    expected = run_ranks(trained, 2, 3)[0]
+    assert norm == expected["norm"]
+    assert all(torch.equal(weights[name], value) for name, value in expected["weights"].items())
+
+
+def over_meshes(group: Group) -> list[tuple[Any, Any]]:
+    meshes = {
+        "group": group,
+        "default": None,
+        "process group": group.process_group,
+        "replicate": zs_comm.Mesh.build(world=group, replicate=2),
+        "1-d": init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)),
+        "2-d": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")),
+        "tensor parallel": zs_comm.Mesh.build(world=group, tp=2),
+    }
+    found = []
+    for mesh in meshes.values():
+        engine = zs_engine.initialize(model=net(), mesh=mesh, config=CONFIG | {"zero_optimization": {"stage": 3}})[0]
+        train(engine, micro_batches(0, 1, 4))
+        found.append((engine.get_batch_info(), engine.get_global_grad_norm()))
+    return found
+
+
+def test_the_mesh_says_who_shares_the_batch() -> None:
+    first, second = run_ranks(over_meshes, 2)
+    assert first == second
+    assert [sizes for sizes, _ in first] == [(8, 2, 2)] * 6 + [(8, 4, 2)]
+    assert [norm for _, norm in first] == [pytest.approx(first[0][1], rel=1e-6)] * 7
 
 
 def shares(group: Group) -> list[list[int]]:

@@ -11,6 +11,7 @@ The bounds are those of fp32 additions in another order, after 20 steps of an op
 """
 
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,7 @@ def test_two_ranks_with_accumulation_in_bf16(name: str) -> None:
     check(run_ranks(compare, 2, name, How(dtype=torch.bfloat16, accumulate=3)))
 
 
-@pytest.mark.parametrize("world", [3, 4])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("world", "name"), [*((3, name) for name in FEW), *((4, name) for name in FEW[:2])])
 def test_more_ranks(name: str, world: int) -> None:
     check(run_ranks(compare, world, name, How()))
 
@@ -93,14 +93,19 @@ def compare_hybrid(group: Group, name: str, how: How) -> list[str]:
     lines = []
     for a, b in pairwise(STAGES[1:]):
         lines += same(f"stage {b} against {a}", runs[b], runs[a])
-    for stage, run in runs.items():
+    for stage, run in runs.items() if how.dtype == torch.float32 else ():
         lines += close(f"stage {stage} against one axis", run, whole, losses=LOSSES, params=PARAMS)
     return lines
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", FEW[:3])
 def test_replicate_by_shard(name: str) -> None:
     check(run_ranks(compare_hybrid, 4, name, How()))
+
+
+@pytest.mark.parametrize(("world", "run"), [(3, compare), (4, compare_hybrid)])
+def test_more_ranks_in_bf16(world: int, run: Callable[..., list[str]]) -> None:
+    check(run_ranks(run, world, FEW[0], How(dtype=torch.bfloat16)))
 
 
 def compare_clipped(group: Group, name: str, how: How) -> list[str]:

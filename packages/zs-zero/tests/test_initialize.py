@@ -131,7 +131,9 @@ def peak(group, how):
                 model = Deep()
         zs_zero.shard(model, stage=3, mesh=group, device="cpu")
     shards = 16 * unit // group.size
-    return (meter.peak_nbytes - meter.start_nbytes - shards) / unit, (meter.now_nbytes - meter.start_nbytes - shards) / unit
+    return (meter.peak_nbytes - meter.start_nbytes - shards) / unit, (
+        meter.now_nbytes - meter.start_nbytes - shards
+    ) / unit
 
 
 @pytest.mark.parametrize("how", ["init", "meta"])
@@ -200,9 +202,10 @@ def configured(group, config):
 
 
 def test_init_reads_stage_and_dtype_from_a_configuration():
-    assert run_ranks(configured, 2, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}) == [
-        (True, "torch.bfloat16")
-    ] * 2
+    assert (
+        run_ranks(configured, 2, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}})
+        == [(True, "torch.bfloat16")] * 2
+    )
     assert run_ranks(configured, 2, {"zero_optimization": {"stage": 2}}) == [(False, "torch.float32")] * 2
 
 

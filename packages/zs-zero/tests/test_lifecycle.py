@@ -60,7 +60,7 @@ def same(one, other):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-# -- several forwards and backwards ---------------------------------------------------------------------------------------
+# -- several forwards and backwards ---------------------------------------------------------------
 def variants(group, stage):
     """The same gradient by different roads: one backward of a sum; retained and repeated; through no_sync."""
     results = {}
@@ -108,8 +108,10 @@ def test_several_forwards_and_backwards(stage):
     for results in run_ranks(variants, 2, stage):
         assert same(results["once"], results["only_without_sync"])
         for one, other, bound in (
-            ("once", "retained", 1e-6), ("sum_of_two", "without_sync", 2e-4), ("sum_of_two", "two_forwards_first", 2e-4),
-        ):  # fmt: skip
+            ("once", "retained", 1e-6),
+            ("sum_of_two", "without_sync", 2e-4),
+            ("sum_of_two", "two_forwards_first", 2e-4),
+        ):
             for key in results[one]:  # AdamW divides by the root of tiny second moments: order of sums shows
                 torch.testing.assert_close(results[one][key], results[other][key], rtol=0, atol=bound)
 
@@ -163,7 +165,7 @@ def test_losses_with_a_graph_of_gradients(world):
             assert same(state, reference[1])
 
 
-# -- structures -----------------------------------------------------------------------------------------------------------
+# -- structures ---------------------------------------------------------------
 @dataclass
 class Output:
     main: torch.Tensor
@@ -283,7 +285,7 @@ def test_losses_kept_on_the_side():
         assert by_stage[2] == by_stage[-1] and by_stage[3] == by_stage[-1]
 
 
-# -- modes ----------------------------------------------------------------------------------------------------------------
+# -- modes ---------------------------------------------------------------
 def evaluate_and_generate(group, stage):
     model, optimizer = build(group, stage)
     outputs = []
@@ -341,7 +343,7 @@ def test_close_makes_an_ordinary_model():
     assert run_ranks(plain_again, 2) == [True, True]
 
 
-# -- exceptions -----------------------------------------------------------------------------------------------------------
+# -- exceptions ---------------------------------------------------------------
 class Stop(Exception):
     pass
 

@@ -108,13 +108,15 @@ def round_trip(group, stage, dtype):
     saved = zs_zero.full_state_dict(model)
     exact = zs_zero.full_state_dict(model, masters=True)
     halves = zs_zero.full_state_dict(model, dtype=torch.float16, rank0_only=True)
-    other, second = build(group, stage, dtype)
+    other, _ = build(group, stage, dtype)
     zs_zero.load_full_state_dict(other, exact)
     again = zs_zero.full_state_dict(other, masters=True)
     equal = all(torch.equal(exact[key], again[key]) for key in exact)
     model_equal = all(torch.equal(saved[key], v) for key, v in zs_zero.full_state_dict(other).items())
     with pytest.raises(ConfigError, match="head.weight: missing; nonsense: not in the model"):
-        zs_zero.load_full_state_dict(other, {**{k: v for k, v in exact.items() if k != "head.weight"}, "nonsense": v0()})
+        zs_zero.load_full_state_dict(
+            other, {**{k: v for k, v in exact.items() if k != "head.weight"}, "nonsense": v0()}
+        )
     with pytest.raises(ConfigError, match=r"head.bias: shape \(1,\), the model has \(3,\)"):
         zs_zero.load_full_state_dict(other, {"head.bias": v0()}, strict=False)
     zs_zero.load_full_state_dict(other, {"head.bias": torch.tensor([1.0, 2.0, 3.0])}, strict=False)

@@ -55,7 +55,7 @@ class Case:
     make: Callable[[], nn.Module]
     losses: Callable[[nn.Module, Micro], Iterator[Tensor]]
     optimizer: Make = field(default=lambda named: torch.optim.AdamW(list(named.values()), lr=3e-3, weight_decay=0.1))
-    backwards: int = 1  # losses of one micro-step
+    backwards: int = 1  # how often a parameter may get a gradient in one micro-step
     ddp: dict[str, Any] | None = field(default_factory=dict)  # DDP's options; None: DDP cannot run it, see `Averaging`
 
     def __repr__(self) -> str:
@@ -137,14 +137,17 @@ class Cnn(nn.Module):
 class Chosen(nn.Module):
     """Runs the blocks it is told to, in that order: twice, never, in some steps or on some ranks."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int = 3, *, reentrant: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 3)
+        self.reentrant = reentrant
 
     def forward(self, x: Tensor, path: Sequence[int]) -> Tensor:
+        if self.reentrant:
+            x = x.requires_grad_()  # else a reentrant checkpoint gives no gradients
         for index in path:
-            x = self.blocks[index](x)
+            x = checkpoint(self.blocks[index], x, use_reentrant=True) if self.reentrant else self.blocks[index](x)
         return self.head(x)
 
 
@@ -203,29 +206,44 @@ class Custom:
 pytree.register_pytree_node(Custom, lambda node: ([node.state, node.extra], None), lambda parts, _: Custom(*parts))
 
 
-class Structured(nn.Module):
-    """Blocks that take and give their tensors inside of something."""
+Wrap = Callable[[Tensor, Any], Any]
+Unwrap = Callable[[Any], Tensor]
+STRUCTURES: dict[str, tuple[Wrap, Unwrap]] = {
+    "dict": (lambda y, extra: {"extra": extra, "state": y}, lambda out: out["state"]),
+    "tuple": (lambda y, extra: (extra, y), lambda out: out[1]),
+    "dataclass": (Record, lambda out: out.state),
+    "named tuple": (Pair, lambda out: out.state),
+    "node": (Custom, lambda out: out.state),
+}
 
-    class Piece(Block):
-        def __init__(self, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> None:
-            super().__init__()
-            self.wrap, self.unwrap = wrap, unwrap
 
-        def forward(self, x: Any) -> Any:
-            y = super().forward(self.unwrap(x))
-            return self.wrap(y, [None, y.detach(), "text"])
+class Wrapping(Block):
+    """Takes its tensor out of one structure and gives it back in the next."""
 
-    def __init__(self, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> None:
+    def __init__(self, unwrap: Unwrap, wrap: Wrap) -> None:
         super().__init__()
-        self.wrap, self.unwrap = wrap, unwrap
-        self.blocks = nn.ModuleList(Structured.Piece(wrap, unwrap) for _ in range(2))
+        self.unwrap, self.wrap = unwrap, wrap
+
+    def forward(self, x: Any) -> Any:
+        y = super().forward(self.unwrap(x))
+        return self.wrap(y, [None, y.detach(), "text"])
+
+
+class Structured(nn.Module):
+    """Every block gives its output inside of something else, and so does the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wraps, unwraps = zip(*STRUCTURES.values(), strict=True)
+        pairs = zip((unwraps[-1], *unwraps), wraps, strict=False)
+        self.blocks = nn.ModuleDict({name: Wrapping(*pair) for name, pair in zip(STRUCTURES, pairs, strict=True)})
         self.head = nn.Linear(WIDTH, 3)
 
-    def forward(self, x: Tensor) -> Any:
-        y = self.wrap(x, None)
-        for block in self.blocks:
+    def forward(self, x: Tensor) -> Custom:
+        y: Any = Custom(x, None)
+        for block in self.blocks.values():
             y = block(y)
-        return self.wrap(self.head(self.unwrap(y)), y)
+        return Custom(self.head(y.state), {"all": y})
 
 
 class Primes(nn.Module):
@@ -278,9 +296,9 @@ def _two_heads(model: nn.Module, at: Micro) -> Iterator[Tensor]:
     yield F.l1_loss(right.float(), y)
 
 
-def _structured(unwrap: Callable[[Any], Tensor], model: nn.Module, at: Micro) -> Iterator[Tensor]:
+def _structured(model: nn.Module, at: Micro) -> Iterator[Tensor]:
     x, y = at.vectors()
-    yield F.mse_loss(unwrap(model(x)).float(), y)
+    yield F.mse_loss(model(x).state.float(), y)
 
 
 def _plain_vectors(width: int, model: nn.Module, at: Micro) -> Iterator[Tensor]:
@@ -294,10 +312,6 @@ def _plain_vectors(width: int, model: nn.Module, at: Micro) -> Iterator[Tensor]:
 _UNUSED = {"find_unused_parameters": True}
 _SYNC_BUFFERS = ("forward_sync_buffers", "broadcast_buffers")  # by which name this torch has it
 _OWN_BUFFERS = {next(name for name in _SYNC_BUFFERS if name in signature(DistributedDataParallel).parameters): False}
-
-
-def _structure(name: str, wrap: Callable[[Tensor, Any], Any], unwrap: Callable[[Any], Tensor]) -> Case:
-    return Case(f"outputs in a {name}", partial(Structured, wrap, unwrap), partial(_structured, unwrap))
 
 
 def _groups(named: Named) -> torch.optim.Optimizer:
@@ -326,41 +340,42 @@ def _detours(name: str, detours: Callable[[Micro], Sequence[bool]]) -> Case:
     return Case(name, Detours, partial(_along, detours), ddp=_UNUSED)
 
 
+def _primes(name: str, optimizer: Make) -> Case:
+    return Case(name, Primes, partial(_plain_vectors, 7), optimizer)
+
+
 CASES = [
     Case("gpt", Gpt, _next_token),
     Case("tied embeddings", partial(Gpt, tied=True), _next_token),
     Case("cnn with batch norm", Cnn, _image_class, ddp=_OWN_BUFFERS),
-    _chosen("a module used twice", lambda at: (0, 1, 0, 2)),
-    _chosen("a module used twice in a row", lambda at: (0, 1, 1, 2)),
+    _chosen("a module used twice", lambda at: (0, 1, 0, 0, 2)),
     _chosen("parameters never used", lambda at: (0, 2), ddp=_UNUSED),
-    _chosen("parameters used from step 5 on", lambda at: (0, 1, 2) if at.step > 4 else (0, 2), ddp=_UNUSED),
-    _chosen("parameters used in some steps", lambda at: (0, 1, 2) if at.step % 3 else (0, 2), ddp=_UNUSED),
+    _chosen(
+        "parameters used in some steps", lambda at: (0, 1, 2) if at.step > 4 and at.step % 3 else (2, 0), ddp=_UNUSED
+    ),
     _detours("parameters used on one rank only", lambda at: (at.rank == 0, at.rank != 0)),
     _detours("parameters used on one rank in turn", lambda at: (at.rank == at.step % (at.world + 1), True)),
     Case("frozen parameters", PartlyFrozen, partial(_along, lambda at: range(5))),
-    Case("two parameter groups", Gpt, _next_token, _groups),
+    _chosen("two parameter groups", lambda at: (0, 1, 2), optimizer=_groups),
     Case("two losses summed", Chosen, _summed),
     Case("two forwards and backwards", Chosen, _two_backwards, backwards=2, ddp=None),
     Case("two backwards of one forward", TwoHeads, _two_heads, backwards=2, ddp=None),
     Case("checkpoint, reentrant", partial(Gpt, recompute="reentrant"), _next_token),
     Case("checkpoint, not reentrant", partial(Gpt, recompute="saved tensors"), _next_token),
-    _structure("dict", lambda y, extra: {"extra": extra, "state": y}, lambda out: out["state"]),
-    _structure("tuple", lambda y, extra: (extra, y), lambda out: out[1]),
-    _structure("dataclass", Record, lambda out: out.state),
-    _structure("named tuple", Pair, lambda out: out.state),
-    _structure("custom pytree node", Custom, lambda out: out.state),
-    Case("primes", Primes, partial(_plain_vectors, 7)),
+    Case(  # a backward of its own for each use
+        "checkpoint, reentrant, a module used thrice",
+        partial(Chosen, reentrant=True),
+        partial(_along, lambda at: (0, 1, 0, 0, 2)),
+        backwards=3,
+        ddp=None,
+    ),
+    Case("outputs in a dict, tuple, dataclass, named tuple, node", Structured, _structured),
+    _primes("primes", _adamw),
 ]
 OPTIMIZERS = [
-    _chosen("sgd with momentum", lambda at: (0, 1), optimizer=_sgd, ddp=_UNUSED),
-    _chosen("adagrad", lambda at: (0, 1), optimizer=_adagrad, ddp=_UNUSED),
-    _chosen("fused adamw", lambda at: (0, 1), optimizer=partial(_adamw, fused=True), ddp=_UNUSED),
-    Case("fused adamw, primes", Primes, partial(_plain_vectors, 7), partial(_adamw, fused=True)),
-    _chosen(
-        "foreach adamw, amsgrad",
-        lambda at: (0, 1),
-        optimizer=partial(_adamw, foreach=True, amsgrad=True),
-        ddp=_UNUSED,
-    ),
+    _primes("sgd with momentum", _sgd),
+    _primes("adagrad", _adagrad),
+    _primes("fused adamw", partial(_adamw, fused=True)),
+    _primes("foreach adamw, amsgrad", partial(_adamw, foreach=True, amsgrad=True)),
 ]
 BY_NAME = {case.name: case for case in [*CASES, *OPTIMIZERS]}

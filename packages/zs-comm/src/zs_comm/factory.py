@@ -38,12 +38,12 @@ class TypeAndParams(DeepSpeedSection):
         """`callable(first)`, which makes the object; None where no type is given."""
         raise NotImplementedError
 
-    def problems(self, first: Any, *rules: Callable[[Any], None]) -> Iterator[Problem]:
-        """What is wrong, with paths in this section. `rules` see the object made of `first`, unless a value is "auto"."""
+    def problems(self, first: Callable[[], Any], *rules: Callable[[Any], None]) -> Iterator[Problem]:
+        """What is wrong, with paths in this section. `rules` see what `first()` makes, unless a value is "auto"."""
         try:
             make = self.factory()
             if make is not None and self.given == (self.params or {}):
-                made = make(first)
+                made = make(first())
                 for rule in rules:
                     rule(made)
         except ConfigError as error:

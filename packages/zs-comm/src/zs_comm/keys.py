@@ -165,12 +165,12 @@ class Verdict:
 
 
 def verdicts(
-    section: type[Section], data: Mapping[str, Any], problems: Sequence[Problem], source: Source | None = None
+    section: type[Section], data: Any, problems: Sequence[Problem], source: Source | None = None
 ) -> list[Verdict]:
     """One verdict for each key of `data` and each problem, in the order of `data`; problems of no key come last."""
     found = {problem.path: problem for problem in problems}
     rows: list[Verdict] = []
-    for path, info in _leaves(section, data, (), found):
+    for path, info in _leaves(section, data if isinstance(data, Mapping) else {}, (), found):
         problem = found.pop(path, None)
         if problem is not None:
             rows.append(Verdict(path, problem.where, "refused", problem.text))

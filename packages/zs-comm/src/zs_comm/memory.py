@@ -60,7 +60,7 @@ def memory_summary() -> MemorySummary:
     device: Counter[torch.dtype] = Counter()
     for storage, dtype in _live_storages():
         (host if storage.device.type == "cpu" else device)[dtype] += storage.nbytes()
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return MemorySummary(rss, peak, dict(host), device_live=dict(device))
     return MemorySummary(
         rss,

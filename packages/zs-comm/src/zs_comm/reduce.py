@@ -23,6 +23,7 @@ from .work import Work
 
 SMALL_NBYTES = 64 * 1024  # up to here one round trip costs more than sending everything to everyone
 PART_NBYTES = 4 * 2**20  # of a reduce-scatter
+PART_NUMEL_LEAST = 16 * 1024
 BUCKET_NBYTES = 16 * 2**20  # of an all-reduce
 WINDOW = 3  # buckets under way at a time
 
@@ -114,8 +115,9 @@ def _reduce_scatter(flat: Tensor, group: Group, out: Tensor, pre: float | None, 
     if size == 1:
         return local(group, "reduce_scatter", label, combine([flat], out, pre=pre, post=post))
     wire_nbytes = (size - 1) * n * flat.element_size()
-    # cut so that the sum of one part runs beside the transfer of the next
-    numel = max(1, min(n, PART_NBYTES // flat.element_size()))
+    # cut so that the sum of one part runs beside the transfer of the next, and that what is received at a time, from
+    # size - 1 peers each, is at most 2 n: all parts are under way at once with 3 ranks, fewer with more
+    numel = max(1, min(n, PART_NBYTES // flat.element_size(), max(2 * n // (size - 1), PART_NUMEL_LEAST)))
     starts = range(0, max(n, 1), numel)
     call, check = begin(group, "reduce_scatter", label, flat, wire_nbytes=wire_nbytes, seqs=len(starts))
     if flat.is_cuda:
@@ -137,15 +139,16 @@ def _reduce_scatter(flat: Tensor, group: Group, out: Tensor, pre: float | None, 
     ]
     for part in parts:
         part.send()
-    # each part receives from size - 1 peers: all are under way at once with 3 ranks, fewer with more
-    pipeline = Pipeline(parts, window=2 * n // ((size - 1) * numel))
+    window = 2 * n // ((size - 1) * numel)
+    relays = window < len(parts) > 1  # the peers' sends of the later parts need this rank to come and receive them
+    pipeline = Pipeline(parts, window)
     parts.clear()
 
     def finish(deadline: Deadline) -> Tensor:
         pipeline.finish(deadline)
         return out
 
-    return start(group, call, check, finish)
+    return start(group, call, check, finish, relays=relays)
 
 
 @overload

@@ -48,13 +48,13 @@ def run(argv: Sequence[str]) -> Failure | None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = torchrun.parse_args(list(argv))  # type: ignore[no-untyped-call]
+    options = torchrun.parse_args(list(argv))
     ranks = torchrun.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     with tempfile.TemporaryDirectory(prefix="zs-run-") as folder:
         os.environ[FOLDER] = folder
         try:
-            torchrun.run(options)  # type: ignore[no-untyped-call]
+            torchrun.run(options)
         except ChildFailedError as error:
             return first_failure({rank: failure.exitcode for rank, failure in error.failures.items()}, folder)
         except SignalException as error:

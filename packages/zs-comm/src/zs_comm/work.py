@@ -46,7 +46,7 @@ class Work:
         self._call = call
         self._finish = finish  # None: completed
         self._poll = poll
-        self.relays = relays  # True: the peers' waits need this rank's wait, because it sends on what it received
+        self.relays = relays  # True: the peers' waits need this rank's wait, because not all was posted at once
         self._result = result
         self._error: BaseException | None = None
         self._on_complete: list[Callable[[Tensor | None], Any]] = []
@@ -77,8 +77,8 @@ class Work:
             self._finish = self._poll = None
             bound = group.timeout_s if timeout_s is None else timeout_s
             try:
-                # an all-reduce issued before may need this rank to go on (it sends its sums once they are there): were
-                # this rank to wait here first, and another there, both would wait for ever
+                # a reduction issued before may need this rank to go on (an all-reduce sends its sums once they are
+                # there): were this rank to wait here first, and another there, both would wait for ever
                 for earlier in [work for work in group.in_flight.values() if work.relays]:
                     if earlier is self:
                         break

@@ -1,8 +1,6 @@
 """How many samples are in a step."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from zs_comm import ConfigError
 
@@ -15,7 +13,7 @@ class BatchSizes(NamedTuple):
     steps: int
 
     @classmethod
-    def solve(cls, train: int | None, micro: int | None, steps: int | None, world: int) -> BatchSizes:
+    def solve(cls, train: int | None, micro: int | None, steps: int | None, world: int) -> Self:
         """Derive what is None. Raises ConfigError with the equation that does not hold."""
         if train is None and micro is None:
             raise ConfigError("give train_batch_size or train_micro_batch_size_per_gpu (or both)")

@@ -39,9 +39,8 @@ class SchedulerConfig(TypeAndParams):
 
     def factory(self) -> Callable[[Any], Any] | None:
         """`callable(optimizer)`; None where no type is given. Raises ConfigError."""
-        known = classes_of(lr_scheduler, lr_scheduler.LRScheduler) | {
-            n: getattr(schedules, n) for n in schedules.__all__
-        }
+        five = {name: getattr(schedules, name) for name in schedules.__all__}
+        known = classes_of(lr_scheduler, lr_scheduler.LRScheduler) | five
         return self.maker("scheduler", known, self.type, self.given) if self.type else None
 
 
@@ -89,15 +88,13 @@ def examine(
     if fp16 and data["fp16"].get("enabled") is True and config.bfloat16.enabled:
         problems.remove(fp16[0])
         report(("fp16", "enabled"), "fp16.enabled and bf16.enabled are both true: choose one")
-    lists = [
-        len(value) for value in config.scheduler.given.values() if isinstance(value, list)
-    ]  # a value for each group
-    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max(lists, default=1))]
+    lists = [len(value) for value in config.scheduler.given.values() if isinstance(value, list)]
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max([1, *lists]))]  # a value for each
     zero, untested = config.zero_optimization, config.zero_allow_untested_optimizer
     rule = functools.partial(require_element_wise, stage=zero.stage, allow_untested=untested)
-    for problem in config.optimizer.problems(groups, rule):
+    for problem in config.optimizer.problems(lambda: groups[:1], rule):
         report(("optimizer", *problem.path), problem.text)
-    for problem in config.scheduler.problems(torch.optim.AdamW(groups)):
+    for problem in config.scheduler.problems(lambda: torch.optim.AdamW(groups)):
         report(("scheduler", *problem.path), problem.text)
     if world is None or any(problem.path and problem.path[0] in BATCH_KEYS for problem in problems):
         return config, None, problems
@@ -116,8 +113,7 @@ def load(
 ) -> tuple[EngineConfig, BatchSizes, dict[str, Any]]:
     """The checked configuration, its batch sizes for `world` data-parallel ranks, and the data as given.
 
-    Raises:
-        ConfigError: with every problem, each with its path and, for a file, its line and column.
+    Raises ConfigError with every problem: path, and for a file its line and column.
     """
     data, source = read_json(config) if isinstance(config, str | os.PathLike) else (config, None)
     parsed, sizes, problems = examine(data, source, world=world)
@@ -128,4 +124,6 @@ def load(
         _log.info("accepted without effect of its own (`zs lint` says why): %s", ", ".join(noted))
     if data.get("gradient_clipping") is None:
         _log.info("no gradient_clipping is given, so nothing is clipped; DeepSpeed 0.19 would clip at 1.0")
+    if parsed.optimizer.adam_is_adamw:
+        _log.info("optimizer 'Adam' is AdamW, as in DeepSpeed; adam_w_mode: false gives Adam with L2 decay")
     return parsed, sizes, dict(data)

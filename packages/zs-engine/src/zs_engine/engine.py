@@ -80,7 +80,7 @@ class Engine(nn.Module):
         """Backward through `loss / gradient_accumulation_steps` (or `loss`: `scale_wrt_gas=False`); returns that."""
         if scale_wrt_gas and self._sizes.steps > 1:
             loss = loss / self._sizes.steps
-        loss.backward(retain_graph=retain_graph, **kwargs)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain_graph, **kwargs)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Engine(nn.Module):
         return DataLoader(dataset, size, rank=group.rank, world=group.size, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Engine:
-        """For code that moves every model: accepts what is so already. Raises ConfigError for anything else."""
+        """For code that moves every model: accepts what is so already, and raises ConfigError for anything else."""
         wanted: Any = torch._C._nn._parse_to(*args, **kwargs)[:2]
         here = next(self.module.parameters())
         same = wanted[0] is None or torch.empty(0, device=wanted[0]).device == self.device

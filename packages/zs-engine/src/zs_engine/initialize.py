@@ -56,8 +56,9 @@ def initialize(
     from zs_engine.config import load  # pydantic costs 0.2 s: not at import
 
     world = as_group(None, "world") if dist_init_required is False else init_distributed()
-    mesh = Mesh.from_device_mesh(mesh) if getattr(mesh, "ndim", 1) == 2 else mesh or world
-    group: Group = mesh.group("dp") if isinstance(mesh, Mesh) else as_group(mesh)
+    mesh = world if mesh is None else mesh
+    flat = getattr(mesh, "ndim", 1) == 1  # a DeviceMesh of two dimensions, replicate and shard, holds all ranks
+    group: Group = mesh.group("dp") if isinstance(mesh, Mesh) else as_group(mesh) if flat else world
     _speak(group.rank)
     with agreed(group, "configuration"):
         if mpu is not None:
@@ -94,14 +95,14 @@ def initialize(
 
 
 def _only(config: Any, config_params: Any, args: Any) -> Any:
-    given = {"config": config, "config_params": config_params}
-    for name in ("deepspeed_config", "zs_config"):
-        given[f"args.{name}"] = args.get(name) if isinstance(args, Mapping) else getattr(args, name, None)
-    found = {name: value for name, value in given.items() if value is not None}
+    names = ("deepspeed_config", "zs_config")
+    inside = args if isinstance(args, Mapping) else {name: getattr(args, name, None) for name in names}
+    given = {"config": config, "config_params": config_params, **{f"args.{name}": inside.get(name) for name in names}}
+    found = [name for name, value in given.items() if value is not None]
     if len(found) != 1:
         what = f"{' and '.join(found)} are both given" if found else f"none is given: {', '.join(given)}"
         raise ConfigError(f"give the configuration once; {what}")
-    return next(iter(found.values()))
+    return given[found[0]]
 
 
 def _optimizer(make: Any, optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None) -> Any:

@@ -1,6 +1,6 @@
 """ZeRO stages 0-3 for any torch model: one runtime, exact, without an engine or a configuration file.
 
-    optimizer = zs_zero.shard(model, torch.optim.AdamW(model.parameters()), stage=3)
+optimizer = zs_zero.shard(model, torch.optim.AdamW(model.parameters()), stage=3)
 """
 
 from .initialize import Init

@@ -9,7 +9,6 @@ and is refused by name otherwise. `"auto"` means the default.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -20,7 +19,6 @@ from zs_comm.config import Problem, config_error
 from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.keys import DeepSpeedSection, Later, Note
 
-_log = logging.getLogger(__name__)
 Size: TypeAlias = Annotated[int, Field(ge=0)]
 _OFFLOAD = "offload is not there yet; drop the key, or set device to 'none'"
 _ZEROPP = "ZeRO++ is not there yet"
@@ -175,6 +173,11 @@ class OptimizerConfig(TypeAndParams):
 
     legacy_fusion: Annotated[Any, Later("the 1-bit optimizers are not there yet", False)] = False
 
+    @property
+    def adam_is_adamw(self) -> bool:
+        """Whether "Adam" is the type and stands for AdamW."""
+        return (self.type or "").lower() == "adam" and self.given.get("adam_w_mode", True) is not False
+
     def factory(self) -> Callable[[Any], torch.optim.Optimizer] | None:
         """`callable(parameters)`; None where no type is given.
 
@@ -194,15 +197,13 @@ class OptimizerConfig(TypeAndParams):
         if name.lower() == "adagrad":
             name = "Adagrad"
         if name.lower() in ("adam", "adamw"):
-            params, decoupled = _adam(params)
-            if name.lower() == "adam" and decoupled:
-                _log.info("optimizer 'Adam' is AdamW, as in DeepSpeed; adam_w_mode: false gives Adam with L2 decay")
-            name = "AdamW" if decoupled or name.lower() == "adamw" else "Adam"
+            params = _adam(params)
+            name = "AdamW" if name.lower() == "adamw" or self.adam_is_adamw else "Adam"
         return self.maker("optimizer", classes_of(torch.optim, torch.optim.Optimizer), name, params)
 
 
-def _adam(params: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """DeepSpeed's parameters as torch's, and whether decay is decoupled."""
+def _adam(params: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's parameters of Adam and AdamW as torch's."""
     switches = {"torch_adam": False, "adam_w_mode": True, "bias_correction": True, "fp32_optimizer_states": True}
     chosen = {key: params.pop(key, default) for key, default in switches.items()}
     for key, value in chosen.items():
@@ -213,7 +214,7 @@ def _adam(params: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             raise _problem("false is not there yet", "params", key)
     defaults = {} if chosen["torch_adam"] else {"weight_decay": 0.0}
     kernel = {} if "foreach" in params else {"fused": True}
-    return {**defaults, **kernel, **params}, chosen["adam_w_mode"]
+    return {**defaults, **kernel, **params}
 
 
 def _problem(text: str, *path: str) -> ConfigError:

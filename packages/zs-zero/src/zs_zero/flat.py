@@ -2,8 +2,8 @@
 
     whole   (padded_numel,) parameter dtype. Stage 3: zero bytes while released.
     shard   (held_numel,)   this rank's slice. A view of `whole` where `whole` stays; storage of its own at stage 3.
-    master  (held_numel,)   fp32. The shard itself for fp32 parameters; a copy for 16-bit ones; None when frozen.
-    grad    (held_numel,)   fp32 once reduced; None outside of a window.
+    master  (held_numel,)   fp32 copies for 16-bit parameters; else the shard itself; None when frozen.
+    grad    (held_numel,)   in the masters' dtype once reduced; None outside of a window.
 
 `held_numel` is one slice, or all of them at stage 0 (every rank owns everything).
 """
@@ -60,6 +60,8 @@ class Flat:
         self.name = name
         self.state = ParamState.WHOLE
         self.held_numel = plan.shard_numel * len(held)
+        self.sixteen_bit = plan.dtype in (torch.bfloat16, torch.float16)
+        self.master_dtype = torch.float32 if self.sixteen_bit else plan.dtype
         self.whole = torch.empty(0)
         self.shard = torch.empty(0)
         self.master: Tensor | None = None
@@ -77,7 +79,7 @@ class Flat:
     def adopt(self, device: torch.device, *, want_master: bool) -> None:
         """Moves the parameters' present values into the flat buffer (and, before the cast, into the masters)."""
         self.whole = torch.zeros(self.plan.padded_numel, dtype=self.plan.dtype, device=device)
-        needs_copy = want_master and self.plan.trainable and self.plan.dtype != torch.float32
+        needs_copy = want_master and self.plan.trainable and self.sixteen_bit
         master = torch.zeros(self.held_numel, dtype=torch.float32, device=device) if needs_copy else None
         base = self.held.start * self.plan.shard_numel
         for entry, param in zip(self.plan.entries, self.params, strict=True):

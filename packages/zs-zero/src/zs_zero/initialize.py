@@ -64,7 +64,7 @@ class _Slice:
         self.param.__class__ = self._classes[0]
         storage = self.param.untyped_storage()
         storage.resize_(self.slice_numel * self.group.size * self.values.element_size())
-        whole = self.values.new_empty(0).set_(storage, 0, (self.slice_numel * self.group.size,))
+        whole = self.values.new_empty(0).set_(storage, 0, (self.slice_numel * self.group.size,), (1,))
         all_gather(whole, self.group, shard=self.values, label=self.name)
 
     @property
@@ -119,7 +119,9 @@ class Init:
             self._handle = register_module_parameter_registration_hook(self._registered)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -213,11 +215,13 @@ def materialize(model: nn.Module, spec: UnitSpec, device: torch.device) -> None:
 def _read(config: Mapping[str, Any] | str | Path | None) -> tuple[int, torch.dtype | None]:
     if config is None:
         return 3, None
-    if not isinstance(config, Mapping):
+    if isinstance(config, Mapping):
+        data: Mapping[str, Any] = config
+    else:
         from zs_comm.jsonfile import read_json
 
-        config, _ = read_json(config)
-    zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
+        data, _ = read_json(config)
+    zero, bf16 = data.get("zero_optimization", {}), data.get("bf16", {})
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
     enabled = isinstance(bf16, Mapping) and bf16.get("enabled") is True
     return stage, torch.bfloat16 if enabled else None

@@ -119,7 +119,7 @@ class ZeroOptimizer(ShardedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, reduced ones too."""
         self._check_usable()
-        self._runtime.reducer.drop()
+        self._runtime.drop_gradients()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -179,26 +179,26 @@ class ZeroOptimizer(ShardedOptimizer):
     # -- by parameter -------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def full_param(self, param: nn.Parameter) -> Tensor:
-        """`param`'s master value, fp32, whole. Collective."""
+        """`param`'s master value, whole, in the masters' dtype (fp32 for 16-bit parameters). Collective."""
         flat, _ = self._flat_of(param)
         source = flat.master if flat.master is not None else flat.shard
-        return self._runtime.whole_of(flat, param, source.float() if source.dtype != torch.float32 else source)
+        return self._runtime.whole_of(flat, param, source.to(flat.master_dtype))
 
     @torch.no_grad()
     def set_full_param(self, param: nn.Parameter, value: Tensor) -> None:
         """Sets `param` (master and model value) to `value`, the same on every rank."""
         flat, _ = self._flat_of(param)
-        self._runtime.set_value(flat, param, self._like(param, value))
+        self._runtime.set_value(flat, param, self._like(flat, param, value))
 
     @torch.no_grad()
     def full_grad(self, param: nn.Parameter) -> Tensor | None:
-        """`param`'s mean gradient over ranks and micro-steps, fp32, whole; None where it got none. Collective."""
+        """`param`'s mean gradient over ranks and micro-steps, whole; None where it got none. Collective."""
         flat, index = self._flat_of(param)
         self._reduce()
         if index not in flat.used:
             return None
         if flat.grad is None:
-            return None if param.grad is None else param.grad.detach().float().clone()
+            return None if param.grad is None else param.grad.detach().clone()
         return self._runtime.whole_of(flat, param, flat.grad)
 
     @torch.no_grad()
@@ -206,12 +206,12 @@ class ZeroOptimizer(ShardedOptimizer):
         """Replaces `param`'s mean gradient for the coming step, the same on every rank. Collective."""
         flat, index = self._flat_of(param)
         self._reduce()
-        value = self._like(param, value)
-        if flat.grad is None and self.group.size == 1 and flat.plan.dtype == torch.float32:
+        value = self._like(flat, param, value)
+        if flat.grad is None and self.group.size == 1 and not flat.sixteen_bit:
             param.grad = value.reshape(param.shape).clone()
         else:
             if flat.grad is None:
-                flat.grad = torch.zeros(flat.held_numel, dtype=torch.float32, device=flat.whole.device)
+                flat.grad = torch.zeros(flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device)
             for held in flat.held_pieces():
                 if held.param is param:
                     flat.grad[held.low : held.high].copy_(value[held.piece.start : held.piece.stop])
@@ -224,7 +224,7 @@ class ZeroOptimizer(ShardedOptimizer):
         None while the state does not exist (before the parameter's first update).
         """
         flat, _ = self._flat_of(param)
-        held_state = torch.zeros(flat.held_numel, dtype=torch.float32, device=flat.whole.device)
+        held_state = torch.zeros(flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device)
         scalar: Any = None
         known = False
         for piece, _, held in self._by_param.get(id(param), []):
@@ -248,7 +248,7 @@ class ZeroOptimizer(ShardedOptimizer):
         whole = value.numel() == param.numel() and value.dim() > 0
         for piece, _, held in self._by_param.get(id(param), []):
             if whole:
-                part = value.reshape(-1)[held.piece.start : held.piece.stop].to(flat.whole.device, torch.float32)
+                part = value.reshape(-1)[held.piece.start : held.piece.stop].to(flat.whole.device, flat.master_dtype)
                 self.state[piece][key] = part.reshape(piece.shape).clone()
             else:
                 self.state[piece][key] = value.clone()
@@ -320,6 +320,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def _reduce(self) -> None:
         self._runtime.check_no_backward("step")
+        self._runtime.check_frozen()
         self._runtime.reducer.flush()
 
     @contextmanager
@@ -356,17 +357,17 @@ class ZeroOptimizer(ShardedOptimizer):
         return self._runtime.flat_of(param)
 
     @staticmethod
-    def _like(param: nn.Parameter, value: Tensor) -> Tensor:
+    def _like(flat: Flat, param: nn.Parameter, value: Tensor) -> Tensor:
         if value.numel() != param.numel():
             raise ConfigError(f"value of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}")
-        return value.detach().reshape(-1).to(param.device, torch.float32)
+        return value.detach().reshape(-1).to(param.device, flat.master_dtype)
 
     def _check_usable(self) -> None:
         self._check_torn()
         self._runtime.check_no_backward("this call")
 
     def _check_torn(self) -> None:
-        if self.torn:
+        if self.torn and not self._stepping:
             raise TornError(
                 "the optimizer raised in the middle of its update, so parameters and states are part old, part new; "
                 "load a checkpoint (load_state_dict and zs_zero.load_full_state_dict) before going on"

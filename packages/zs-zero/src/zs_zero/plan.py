@@ -15,8 +15,9 @@ from math import prod
 
 import torch
 
-# Each parameter starts on a cache line: vector kernels then see the alignment they see in plain torch, and the bits of a
-# matrix product can depend on it.
+# Each parameter and each slice starts on a cache line. Vector kernels then see the alignment they see in plain torch
+# (the bits of a matrix product can depend on it), and a cut falls on a multiple of 16 elements of its parameter: torch's
+# fused optimizers round differently in the last numel % 16 elements, so elsewhere a piece would differ from the whole.
 ALIGN_NBYTES = 64
 
 

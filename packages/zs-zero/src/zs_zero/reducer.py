@@ -138,7 +138,7 @@ class Reducer:
     def _keep_local(self, flat: Flat, indices: set[int]) -> None:
         """One rank: the sum is the gradient itself. Only 16-bit ones move, for the fp32 masters."""
         before, flat.used = flat.used, flat.used | indices
-        if flat.plan.dtype == torch.float32 or not indices:
+        if not flat.sixteen_bit or not indices:
             return
         if flat.grad is None:
             flat.grad = torch.zeros(flat.held_numel, dtype=torch.float32, device=flat.whole.device)
@@ -226,16 +226,15 @@ class Reducer:
 
     def _finish_oldest(self) -> None:
         flat, buffer, work = self._in_flight.popleft()
-        result = work.wait()
-        if self.groups.shard.size == 1:
-            result = buffer
-        elif self.groups.replicate.size > 1:
+        reduced = work.wait()
+        result = buffer if reduced is None else reduced
+        if self.groups.shard.size > 1 and self.groups.replicate.size > 1:
             all_reduce(result, self.groups.replicate, op="sum", post_factor=self._post_factor, label=flat.name)
         if flat.grad is None:
-            flat.grad = result.float()
+            flat.grad = result.to(flat.master_dtype)
         else:
             flat.grad.add_(result)
-            if flat.plan.dtype != torch.float32:  # micro-steps accumulate in the gradients' own dtype, as in torch
+            if flat.sixteen_bit:  # micro-steps accumulate in the gradients' own dtype, as in torch
                 flat.grad.copy_(flat.grad.to(flat.plan.dtype))
         if flat.grad is not buffer:
             self._spare.append(buffer)

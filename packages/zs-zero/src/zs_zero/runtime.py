@@ -11,7 +11,6 @@ Among one rank every stage is stage 0: there is nobody to share with.
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +54,13 @@ class Runtime:
     """A sharded model: its plan, its units and what happens to them."""
 
     def __init__(
-        self, model: nn.Module, groups: Groups, options: Options, *, ignored: Sequence[nn.Parameter], device: torch.device
+        self,
+        model: nn.Module,
+        groups: Groups,
+        options: Options,
+        *,
+        ignored: Sequence[nn.Parameter],
+        device: torch.device,
     ) -> None:
         self.model = model
         self.groups = groups
@@ -64,7 +69,7 @@ class Runtime:
         self.stage = options.stage
         self.sync = True
         self.closed = False
-        self._ignored = {id(param) for param in ignored}
+        self._ignored = {id(param): param for param in ignored}
         self._handles: list[Any] = []
         self._steady_steps = self._order_changes = 0
         sharded = groups.shard.size > 1
@@ -142,7 +147,9 @@ class Runtime:
         report_differing(send_from_first(here, self.groups.dp), self.groups.dp)
         del here
         planned = self.plan.units[index]
-        held = range(self.plan.slices) if self.whole_state else range(self.groups.shard.rank, self.groups.shard.rank + 1)
+        held = (
+            range(self.plan.slices) if self.whole_state else range(self.groups.shard.rank, self.groups.shard.rank + 1)
+        )
         flats = []
         for flat_plan in planned.flats:
             params = [spec.params[entry.spec.name] for entry in flat_plan.entries]
@@ -184,7 +191,7 @@ class Runtime:
         self._handles.append(self.model.register_load_state_dict_post_hook(self._after_load))
 
     def __deepcopy__(self, memo: Any) -> "Runtime":
-        """Reached through the model's hooks: a copy of the model (an average of its weights, say) is an ordinary one."""
+        """Reached through the model's hooks when somebody copies it (for an average of its weights, say)."""
         for flat in self.flats:
             if flat.state is ParamState.RELEASED:
                 raise ReleasedParameterError(
@@ -260,14 +267,29 @@ class Runtime:
             slices=self.plan.slices,
         )
 
+    def drop_gradients(self) -> None:
+        self.reducer.drop()
+        for param in self._ignored.values():
+            param.grad = None
+
     def abort(self) -> None:
         self.tasks.forget()
         self.gatherer.forget()
-        self.reducer.drop()
+        self.drop_gradients()
 
     def check_no_backward(self, call: str) -> None:
         if self.tasks.unfinished and not in_backward():
             raise ZsError(f"the last backward raised an exception; call optimizer.abort_step() before {call}")
+
+    def check_frozen(self) -> None:
+        for flat in self.flats:
+            if not flat.plan.trainable:
+                for param, entry in zip(flat.params, flat.plan.entries, strict=True):
+                    if param.grad is not None:
+                        raise ConfigError(
+                            f"{entry.spec.name!r} was frozen when the model was sharded and has a gradient now: "
+                            f"unfreeze parameters before zs_zero.shard"
+                        )
 
     # -- values by parameter ------------------------------------------------------------------------------------------
     def is_ignored(self, param: Tensor) -> bool:
@@ -289,7 +311,7 @@ class Runtime:
         return whole[entry.offset : entry.stop].view(entry.spec.shape).clone()
 
     def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
-        """Sets one parameter from its whole fp32 value (numel,), the same on every rank."""
+        """Sets one parameter from its whole value (numel,) in the masters' dtype, the same on every rank."""
         for held in flat.held_pieces():
             if held.param is param:
                 part = value[held.piece.start : held.piece.stop]
@@ -311,9 +333,6 @@ class Runtime:
         known = torch.tensor([float(value) if value is not None else -torch.inf], dtype=torch.float64)
         all_reduce(known, self.groups.dp, op="max", label="scalar state")
         return known[0].float()
-
-    def span(self, name: str, label: str) -> AbstractContextManager[None]:
-        return self.groups.dp.observers.span(name, label)
 
     def close(self) -> None:
         if self.closed:

@@ -69,7 +69,8 @@ def shard(
             raise ConfigError(f"{name} is torch.float32, torch.bfloat16 or torch.float16 (got {value})")
     if not predivide_factor > 0:
         raise ConfigError(f"predivide_factor is a number above 0 (got {predivide_factor!r})")
-    if getattr(model, "_zs_runtime", None) is not None and not model._zs_runtime.closed:
+    before = getattr(model, "_zs_runtime", None)
+    if isinstance(before, Runtime) and not before.closed:
         raise ConfigError(f"this {type(model).__name__} is sharded already: close() its optimizer first")
     groups = _groups(mesh, stage)
     ignored = _ignored(model, ignore)
@@ -128,7 +129,9 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
         return torch.device(device)
     kinds = {param.device for param in model.parameters()} - {torch.device("meta")}
     if len(kinds) > 1:
-        raise ConfigError(f"parameters on several devices ({', '.join(sorted(map(str, kinds)))}): move the model to one")
+        raise ConfigError(
+            f"parameters on several devices ({', '.join(sorted(map(str, kinds)))}): move the model to one"
+        )
     if kinds:
         return next(iter(kinds))
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

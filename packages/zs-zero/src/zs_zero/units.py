@@ -22,7 +22,9 @@ class UnitSpec:
         return sum(param.numel() for param in self.params.values())
 
 
-def choose_units(model: nn.Module, choice: UnitChoice = None, *, ignored: frozenset[int] = frozenset()) -> list[UnitSpec]:
+def choose_units(
+    model: nn.Module, choice: UnitChoice = None, *, ignored: frozenset[int] = frozenset()
+) -> list[UnitSpec]:
     """Groups the parameters of `model` (except those whose id is in `ignored`) into units, in definition order.
 
     `choice` names the modules that become units: classes, qualified names, or `callable(name, module) -> bool`. Without

@@ -27,7 +27,9 @@ def gathered(params: Params, *, modifier_rank: int | None = None) -> Iterator[No
         RankDisagreement: when ranks leave different values behind and no `modifier_rank` is given.
     """
     chosen = _flats_of(params)
-    sliced = [part for param in _list(params) if (part := slice_of(param)) is not None]  # built under Init, not sharded yet
+    sliced = [
+        part for param in _list(params) if (part := slice_of(param)) is not None
+    ]  # built under Init, not sharded yet
     for part in sliced:
         part.fetch()
     for _, flat in chosen:
@@ -102,7 +104,8 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, 
         for name, param in params.items():
             if name in state_dict and not runtime.is_ignored(param):
                 flat, _ = runtime.flat_of(param)
-                runtime.set_value(flat, param, state_dict[name].detach().reshape(-1).to(runtime.device, torch.float32))
+                value = state_dict[name].detach().reshape(-1)
+                runtime.set_value(flat, param, value.to(runtime.device, flat.master_dtype))
             elif name in state_dict:
                 param.copy_(state_dict[name])
         for name, buffer in buffers.items():

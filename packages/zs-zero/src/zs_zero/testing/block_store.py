@@ -48,7 +48,7 @@ def _says_what_it_is(store: BlockStore) -> None:
     expect(isinstance(store, BlockStore), "a member of the Protocol is missing")
     expect(store.PROTOCOL == PROTOCOL, f"PROTOCOL is {store.PROTOCOL}, not {PROTOCOL}")
     align = store.alignment
-    expect(isinstance(align, int) and align > 0 and align & (align - 1) == 0, f"alignment {align} is no power of two")
+    expect(align > 0 and align & (align - 1) == 0, f"alignment {align} is no power of two")
 
 
 def _buffers(store: BlockStore) -> None:
