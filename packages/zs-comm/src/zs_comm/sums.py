@@ -7,6 +7,7 @@ the fp32 accumulator of 16-bit data never has the size of the data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def combine(
     """
     dtype = out.dtype
     acc_dtype = accumulator(dtype)
-    direct = len(pieces) <= 2 and acc_dtype == dtype and pre is None
+    direct = len(pieces) <= 2 and pre is None and (acc_dtype == dtype or _rounds_once(dtype, op, post))
     if direct and post is None:  # one pass needs no chunks
         return _pair(pieces, out, op)
     numel = out.numel()
@@ -54,6 +55,14 @@ def combine(
             acc.mul_(post)
         target.copy_(acc)
     return out
+
+
+def _rounds_once(dtype: torch.dtype, op: str, post: float | None) -> bool:
+    """torch adds two bf16 numbers in fp32 and rounds once; halving after it is exact (denormals, below 1e-38, aside).
+
+    Not so for fp16, whose sum may overflow where the mean does not.
+    """
+    return dtype == torch.bfloat16 and op == "sum" and (post is None or math.frexp(post)[0] == 0.5)
 
 
 def _pair(pieces: Sequence[Tensor], out: Tensor, op: str) -> Tensor:

@@ -287,8 +287,8 @@ class ZeroOptimizer(ShardedOptimizer):
                 raise RuntimeError(f"{flat.name}: a trainable flat buffer without a master")
             for held in flat.owned():
                 part = master[held.low : held.high]
-                if self._runtime.whole_state:
-                    part = part.view(held.param.shape)
+                if part.numel() == held.param.numel():
+                    part = part.view(held.param.shape)  # a client's optimizer may have made state of this shape already
                 owned = (part, flat, held)
                 self._by_param.setdefault(id(held.param), []).append(owned)
                 self._owned.append(owned)

@@ -16,9 +16,11 @@ from math import prod
 import torch
 
 # Each parameter and each slice starts on a cache line. Vector kernels then see the alignment they see in plain torch
-# (the bits of a matrix product can depend on it), and a cut falls on a multiple of 16 elements of its parameter: torch's
-# fused optimizers round differently in the last numel % 16 elements, so elsewhere a piece would differ from the whole.
+# (the bits of a matrix product can depend on it), and a cut falls on a multiple of 16 elements of its parameter:
+# torch's fused optimizers round differently in the last numel % 16 elements, so elsewhere a piece would differ from
+# the whole.
 ALIGN_NBYTES = 64
+LARGE_NUMEL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,18 @@ def make_plan(units: Sequence[tuple[str, Sequence[str], Sequence[ParamSpec]]], *
                 raise ValueError(f"parameter {spec.name!r} is in two units")
             seen.add(spec.name)
         kinds = dict.fromkeys((spec.dtype, spec.trainable) for spec in specs)
-        flats = tuple(plan_flat([s for s in specs if (s.dtype, s.trainable) == kind], slices=slices) for kind in kinds)
-        planned.append(UnitPlan(name, tuple(modules), flats))
+        parts = [p for kind in kinds for p in _apart([s for s in specs if (s.dtype, s.trainable) == kind])]
+        planned.append(UnitPlan(name, tuple(modules), tuple(plan_flat(part, slices=slices) for part in parts)))
     return Plan(tuple(planned), slices)
+
+
+def _apart(specs: list[ParamSpec]) -> list[list[ParamSpec]]:
+    """A large parameter that is most of its unit has a buffer of its own: its gradient is that buffer, uncopied."""
+    largest = max(specs, key=lambda spec: spec.numel)
+    rest = [spec for spec in specs if spec is not largest]
+    if rest and largest.numel >= LARGE_NUMEL and largest.numel > sum(spec.numel for spec in rest):
+        return [[largest], rest]
+    return [specs]
 
 
 def _round_up(numel: int, multiple: int) -> int:

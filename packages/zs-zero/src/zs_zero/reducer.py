@@ -68,8 +68,8 @@ class Reducer:
         self.groups = groups
         self.buckets = [Bucket(flat, set(range(len(flat.params)))) for flat in flats]
         self._order = list(reversed(self.buckets))
-        # at the step whole gradients stand around already: the smallest goes first, so that its buffers add least
-        self._step_order = sorted(self._order, key=lambda bucket: bucket.flat.plan.padded_numel)
+        # at the step whole gradients stand around already: what needs no buffer goes first and makes room for the rest
+        self._step_order = sorted(self._order, key=lambda b: (len(b.flat.params) > 1, b.flat.plan.padded_numel))
         self._bucket_of = {id(bucket.flat): bucket for bucket in self.buckets}
         self._reduce_dtype = reduce_dtype
         self._pre_factor = pre_factor
@@ -77,6 +77,7 @@ class Reducer:
         self._cursor = 0
         self._in_flight: deque[tuple[Flat, Tensor, Work]] = deque()
         self._spare: list[Tensor] = []
+        self._ahead = 1  # reductions under way while the next buffer is being filled
 
     # -- during a backward --------------------------------------------------------------------------------------------
     def add(self, flat: Flat, index: int, grad: Tensor) -> None:
@@ -123,8 +124,14 @@ class Reducer:
                 self._keep_local(bucket.flat, indices)
             return
         used, _ = self._agree_on_use(standing)
+        room = 0  # bytes of gradients that are gone, less those of the shards that came for them
         for bucket in self._step_order:
             if used[id(bucket)]:
+                # one more buffer only in the room that others left: whole gradients stand around here
+                flat = bucket.flat
+                nbytes = flat.plan.padded_numel * self._wire_dtype(flat).itemsize
+                self._ahead = int(room >= 2 * nbytes)
+                room += nbytes - flat.held_numel * flat.master_dtype.itemsize
                 for index, param in enumerate(bucket.flat.params):
                     if param.grad is not None:
                         self._fill(bucket, index, param.grad)
@@ -132,8 +139,11 @@ class Reducer:
                 self._issue(bucket)
                 bucket.issued = False
                 bucket.flat.used |= used[id(bucket)]
+        self._ahead = 0  # nothing is filled any more
+        self._spare.clear()
         while self._in_flight:
             self._finish_oldest()
+        self._ahead = 1
 
     def _keep_local(self, flat: Flat, indices: set[int]) -> None:
         """One rank: the sum is the gradient itself. Only 16-bit ones move, for the fp32 masters."""
@@ -185,8 +195,7 @@ class Reducer:
             bucket.filled.add(index)
 
     def _take(self, flat: Flat) -> Tensor:
-        while len(self._in_flight) > 1:  # one reduction under way, one buffer being filled
-            self._finish_oldest()
+        self._make_room()
         numel, dtype = flat.plan.padded_numel, self._wire_dtype(flat)
         for position, spare in enumerate(self._spare):
             if spare.numel() == numel and spare.dtype == dtype:
@@ -197,9 +206,12 @@ class Reducer:
     def _wire_dtype(self, flat: Flat) -> torch.dtype:
         return self._reduce_dtype or flat.plan.dtype
 
-    def _travels_as_is(self, flat: Flat, grad: Tensor) -> bool:
-        while len(self._in_flight) > 1:
+    def _make_room(self) -> None:
+        while len(self._in_flight) > self._ahead:
             self._finish_oldest()
+
+    def _travels_as_is(self, flat: Flat, grad: Tensor) -> bool:
+        self._make_room()
         return grad.is_contiguous() and grad.dtype == self._wire_dtype(flat) and grad.device == flat.whole.device
 
     # -- the collective -----------------------------------------------------------------------------------------------
@@ -230,14 +242,15 @@ class Reducer:
         result = buffer if reduced is None else reduced
         if self.groups.shard.size > 1 and self.groups.replicate.size > 1:
             all_reduce(result, self.groups.replicate, op="sum", post_factor=self._post_factor, label=flat.name)
+        if self._ahead and result is not buffer:
+            self._spare.append(buffer)
+        del work, buffer, reduced
         if flat.grad is None:
             flat.grad = result.to(flat.master_dtype)
         else:
             flat.grad.add_(result)
             if flat.sixteen_bit:  # micro-steps accumulate in the gradients' own dtype, as in torch
                 flat.grad.copy_(flat.grad.to(flat.plan.dtype))
-        if flat.grad is not buffer:
-            self._spare.append(buffer)
 
     # -- agreement ----------------------------------------------------------------------------------------------------
     def _agree_on_use(self, mine: list[set[int]]) -> tuple[dict[int, set[int]], dict[int, bool]]:

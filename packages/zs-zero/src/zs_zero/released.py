@@ -70,7 +70,7 @@ class _Released(nn.Parameter):
             return func(*args, **kwargs)
         _refuse(released[0], getattr(func, "__name__", str(func)))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Parameter {self._zs_name!r} (released: shape {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -84,8 +84,8 @@ def _refuse(param: Any, doing: str) -> NoReturn:
     raise ReleasedParameterError(
         f"parameter {param._zs_name!r} (shape {tuple(param.shape)}) is sharded and not gathered here, so {doing} has "
         f"no values to work on; use `with zs_zero.gathered(param): ...` on every rank (or "
-        f"zs_zero.full_state_dict(model) for all of them). If the model's own forward did this, make the module whose forward needs the parameter a "
-        f"unit: zs_zero.shard(..., units=[...])"
+        f"zs_zero.full_state_dict(model) for all of them). If the model's own forward did this, make the module whose "
+        f"forward needs the parameter a unit: zs_zero.shard(..., units=[...])"
     )
 
 

@@ -81,11 +81,12 @@ class Runtime:
             raise ConfigError(f"{type(model).__name__} has no parameters to shard")
         self.plan = self._make_plan(specs)
         self._check_same(specs)
-        self.units = [self._make_unit(index, spec) for index, spec in enumerate(specs)]
+        differing: list[str] = []
+        self.units = [self._make_unit(index, spec, differing) for index, spec in enumerate(specs)]
         self.flats = [flat for unit in self.units for flat in unit.flats]
         self.trainable = [flat for flat in self.flats if flat.plan.trainable]
         self._where = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
-        self._send_buffers()
+        report_differing(differing + self._send_buffers(), groups.dp)
         world = groups.dp.size
         pre = 1.0 / world if options.prescale else 1.0 / options.predivide_factor
         self.reducer = Reducer(
@@ -141,10 +142,10 @@ class Runtime:
         lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in self.model.named_buffers()]
         check_same_model("\n".join(lines), self.groups.dp)
 
-    def _make_unit(self, index: int, spec: UnitSpec) -> Unit:
+    def _make_unit(self, index: int, spec: UnitSpec, differing: list[str]) -> Unit:
         materialize(self.model, spec, self.device)
         here = {name: param.data for name, param in spec.params.items() if slice_of(param) is None}
-        report_differing(send_from_first(here, self.groups.dp), self.groups.dp)
+        differing += send_from_first(here, self.groups.dp)
         del here
         planned = self.plan.units[index]
         held = (
@@ -164,13 +165,13 @@ class Runtime:
         unit.release()
         return unit
 
-    def _send_buffers(self) -> None:
+    def _send_buffers(self) -> list[str]:
         buffers = {}
         for name, buffer in self.model.named_buffers():
             if buffer.device != self.device:
                 buffer.data = buffer.data.to(self.device)
             buffers[name] = buffer
-        report_differing(send_from_first(buffers, self.groups.dp), self.groups.dp)
+        return send_from_first(buffers, self.groups.dp)
 
     def _hook(self, specs: Sequence[UnitSpec]) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -244,9 +245,7 @@ class Runtime:
             if flat.used:
                 flat.write_back()
                 flat.bump_versions()
-                under_way.append(flat.publish())
-                if len(under_way) > 2 and (work := under_way[-3]) is not None:
-                    work.wait()
+                under_way.append(flat.publish())  # in place: any number of them needs no memory
         for work in under_way:
             if work is not None:
                 work.wait()
