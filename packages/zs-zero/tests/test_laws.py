@@ -59,7 +59,7 @@ def wire(group, stage, accumulation, dtype):
     barrier(group)
     log.reset()
     kernel = []
-    for _ in range(5):
+    for _ in range(3):
         barrier(group)
         before = loopback_nbytes()
         window(model, optimizer, accumulation, group.rank)
@@ -67,7 +67,7 @@ def wire(group, stage, accumulation, dtype):
         kernel.append(loopback_nbytes() - before)
     plan = optimizer.plan
     kept = plan.units[-1].flats[0].padded_numel  # the last unit stays whole from forward to backward
-    return log.total_wire_nbytes / 5, min(kernel), plan.padded_numel, kept, plan.numel
+    return log.total_wire_nbytes / 3, min(kernel), plan.padded_numel, kept, plan.numel
 
 
 def due(stage, accumulation, numel, kept, itemsize, world):
@@ -84,7 +84,7 @@ def due(stage, accumulation, numel, kept, itemsize, world):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_bytes_on_the_wire_are_the_theorys(accumulation, dtype):
     itemsize = 2 if dtype else 4
-    for world in (2, 4) if accumulation == 1 else (2,):
+    for world in (2, 4) if accumulation == 1 and dtype is None else (2,):
         for stage in (0, 1, 2, 3):
             results = run_ranks(wire, world, stage, accumulation, dtype)
             for logged, kernel, padded, kept, numel in results:

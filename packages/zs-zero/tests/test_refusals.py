@@ -234,7 +234,7 @@ def different_calls(group, stage, how):
 )
 def test_ranks_with_different_calls(stage, how):
     started = time.monotonic()
-    outcomes = quickly(run_ranks(different_calls, 2, stage, how, expect_exit=True), seconds=25)
+    outcomes = quickly(run_ranks(different_calls, 2, stage, how, expect_exit=True, comm_timeout_s=2.0), seconds=25)
     if how in ("no backward", "no step"):  # the same calls, one window apart: seen when the other rank is through
         outcomes = outcomes[:1]
     for outcome in outcomes:
