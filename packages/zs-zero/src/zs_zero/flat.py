@@ -14,7 +14,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from zs_comm import Group, Work, all_gather
+from zs_comm import ConfigError, Group, Work, all_gather
 
 from .initialize import bring
 from .plan import FlatPlan, Piece
@@ -59,6 +59,7 @@ class Flat:
         self.releasable = releasable
         self.name = name
         self.state = ParamState.WHOLE
+        self.borrowers = 0  # `gathered` blocks that need the whole values
         self.held_numel = plan.shard_numel * len(held)
         self.sixteen_bit = plan.dtype in (torch.bfloat16, torch.float16)
         self.master_dtype = torch.float32 if self.sixteen_bit else plan.dtype
@@ -144,7 +145,7 @@ class Flat:
 
     def release(self) -> None:
         """Drops the whole values (stage 3). Views saved by autograd are valid again after the next gather."""
-        if not self.releasable or self.state is ParamState.RELEASED:
+        if not self.releasable or self.state is ParamState.RELEASED or self.borrowers:
             return
         self.wait()
         for param, (_, released) in zip(self.params, self._classes, strict=True):
@@ -168,6 +169,25 @@ class Flat:
         if self.releasable or self.held_numel == self.plan.padded_numel:
             return None
         return all_gather(self.whole, self.group, label=self.name, async_op=True)
+
+    def reattach(self) -> None:
+        """Takes over values of parameters that were given other storage (`p.data = ...`), and gives them ours again.
+
+        Raises:
+            ConfigError: when that has another dtype, shape or device.
+        """
+        for entry, param in zip(self.plan.entries, self.params, strict=True):
+            view = self.whole[entry.offset : entry.stop].view(entry.spec.shape)
+            if not param.numel() or param.data_ptr() == view.data_ptr():
+                continue
+            if (param.dtype, param.shape, param.device) != (view.dtype, view.shape, view.device):
+                raise ConfigError(
+                    f"{entry.spec.name!r} was replaced by {tuple(param.shape)} {param.dtype} on {param.device} after "
+                    f"the model was sharded: convert or move a model before zs_zero.shard"
+                )
+            view.copy_(param.data)
+            param.data = view
+            self.versions = []
 
     def note_versions(self) -> None:
         self.versions = [param._version for param in self.params]

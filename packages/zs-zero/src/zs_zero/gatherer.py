@@ -16,12 +16,13 @@ Hooks are a few lines and call one method here:
 A recomputation under activation checkpointing runs a forward inside a backward. Then nothing is released after it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from zs_comm import ZsError
 
 from .autograd import BackwardTasks, in_backward, outside_autograd
@@ -51,11 +52,13 @@ class Unit:
         self.name = name
         self.flats = flats
         self.passing = passing  # comes and goes; False: held for the whole forward of the model (root, shared)
+        self.encloses = not passing  # gradients of units inside may need its values after its own are out
         self.trainable = sum(len(flat.params) for flat in flats if flat.plan.trainable)
         self.depth = 0  # forwards of its modules under way
         self.calls: list[Call | None] = []  # of those forwards
         self.running: list[Call] = []  # in this backward
-        self.gradients = 0  # parameters whose gradient came since the last gather
+        self.gradients: set[tuple[int, int]] = set()  # parameters whose gradient came since the last gather
+        self.repeated = False  # one came twice (a reentrant checkpoint ran part of the unit again): more may follow
         self.pinned = False  # stays whole until a backward ends
 
     @property
@@ -95,12 +98,13 @@ class Gatherer:
         self._span = span
         self._ahead: list[Unit] = []  # gathered before they were asked for, or kept because they come next
         self._graph_kept = False  # this backward builds a graph of its own
+        self._leaf_hooks: list[Any] = []
 
     def install(self, modules: Iterable[tuple[nn.Module, Unit]]) -> list[Any]:
         """Hooks the modules; returns the handles."""
         handles: list[Any] = []
         for module, unit in modules:
-            # first before the user's own hooks, last after them: theirs may read parameters
+            # before the user's hooks and, of those that are there by now, after the last: theirs may read parameters
             handles.append(
                 module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
             )
@@ -126,22 +130,31 @@ class Gatherer:
             for tensor in tensors_in((args, kwargs)):
                 if tensor.requires_grad:
                     call.inputs += 1
-                    tensor.register_hook(partial(self._after_input_gradient, call))
+                    handle = tensor.register_hook(partial(self._after_input_gradient, call))
+                    if tensor.is_leaf:  # it outlives this graph, and the hook would too
+                        self._leaf_hooks.append(handle)
             call.inputs_left = call.inputs
 
-    def _after_forward(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> Any:
         unit.depth -= 1
         call = unit.calls.pop()
+        replaced = _without_views_of(unit, output)
         if call is not None:
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
+            for tensor in (*tensors_in(output if replaced is None else replaced), *_kept_by(module)):
+                if tensor.requires_grad and not tensor.is_leaf:
                     call.outputs += 1
-                    tensor.register_hook(partial(self._before_backward, call))
+                    hook = partial(self._before_backward, call)
+                    tensor.register_hook(hook)
+                    base = tensor._base  # changing a view in place takes the view's own node out of the graph
+                    if base is not None and base.requires_grad and not base.is_leaf:
+                        base.register_hook(hook)
             if call.outputs == 0 and (unit.trainable or call.inputs):
-                unit.pinned = True  # its backward cannot be seen coming (a loss kept on the side)
-        if in_backward() or unit.depth or unit.pinned:
-            return
-        if call is not None and not self._reshard_after_forward:
+                unit.pinned = True  # its backward cannot be seen coming
+        self._release_after_forward(unit, graph=call is not None)
+        return replaced
+
+    def _release_after_forward(self, unit: Unit, *, graph: bool) -> None:
+        if in_backward() or unit.depth or unit.pinned or (graph and not self._reshard_after_forward):
             return
         coming = self.order.predict()
         if coming is not None and coming[0] == unit.index:
@@ -160,20 +173,24 @@ class Gatherer:
         call.running = True
         unit.running.append(call)
         if unit.state is not ParamState.WHOLE:
-            unit.gradients = 0
+            unit.gradients.clear()
+            unit.repeated = False
         self.need(unit, "backward")
 
     def _after_input_gradient(self, call: Call, _: Tensor) -> None:
         call.inputs_left -= 1
         self._release_if_through(call.unit)
 
-    def after_gradient(self, unit: Unit) -> None:
+    def after_gradient(self, unit: Unit, flat: Flat, index: int) -> None:
         """A parameter of `unit` got its gradient."""
-        unit.gradients += 1
+        unit.repeated |= (id(flat), index) in unit.gradients
+        unit.gradients.add((id(flat), index))
         self._release_if_through(unit)
 
     def _release_if_through(self, unit: Unit) -> None:
-        if unit.pinned or unit.depth or not unit.running or unit.gradients < unit.trainable:
+        if unit.pinned or unit.depth or unit.encloses or unit.repeated or not unit.running:
+            return
+        if len(unit.gradients) < unit.trainable:
             return
         if all(call.inputs_left <= 0 for call in unit.running) and self._tasks.unfinished:
             unit.release()
@@ -185,13 +202,20 @@ class Gatherer:
             for call in unit.running:
                 call.running, call.inputs_left = False, call.inputs
             unit.running.clear()
-            unit.gradients = 0
+            unit.gradients.clear()
+            unit.repeated = False
             if not self._graph_kept:
                 unit.pinned = False
             if not unit.pinned and not unit.depth:
                 unit.release()
         self._graph_kept = False
         self._ahead.clear()
+        self._drop_leaf_hooks()
+
+    def _drop_leaf_hooks(self) -> None:
+        for handle in self._leaf_hooks:
+            handle.remove()
+        self._leaf_hooks.clear()
 
     # -- values -------------------------------------------------------------------------------------------------------
     def need(self, unit: Unit, phase: str) -> None:
@@ -230,8 +254,36 @@ class Gatherer:
     def forget(self) -> None:
         """Drops everything known about forwards and backwards under way."""
         for unit in self.units:
-            unit.depth, unit.gradients, unit.pinned = 0, 0, False
+            unit.depth, unit.repeated, unit.pinned = 0, False, False
+            unit.gradients.clear()
             unit.calls.clear()
             unit.running.clear()
         self._graph_kept = False
+        self._drop_leaf_hooks()
         self.release_all()
+
+
+def _without_views_of(unit: Unit, output: Any) -> Any:
+    """`output` with copies in the place of tensors that are parameters of `unit` or views of them; None: it has none.
+
+    A view handed out would outlive the values. (A tensor inside of an object that is no pytree keeps the unit whole.)
+    """
+    storages = {flat.whole.untyped_storage().data_ptr() for flat in unit.flats if flat.whole.numel()}
+
+    def is_view(tensor: Tensor) -> bool:
+        strided = tensor.layout == torch.strided and tensor.numel() > 0
+        return strided and tensor.untyped_storage().data_ptr() in storages
+
+    if not any(is_view(tensor) for tensor in tensors_in(output)):
+        return None
+    copied = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.clone() if is_view(tensor) else tensor, output)
+    unit.pinned |= any(is_view(tensor) for tensor in tensors_in(copied))
+    return copied
+
+
+def _kept_by(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a forward left in attributes (a loss on the side): their backward may run before the output's."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor | list | tuple) or (isinstance(value, dict) and not name.startswith("_")):
+                yield from tensors_in(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from zs_comm import ConfigError, Group, ZsError, agree
+from zs_comm import ConfigError, Group, ZsError, agree, exchange
 
 from .flat import Flat, HeldPiece
 from .plan import Plan
@@ -68,7 +68,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self._owned: list[tuple[Tensor, Flat, HeldPiece]] = []
         self._by_param: dict[int, list[tuple[Tensor, Flat, HeldPiece]]] = {}
         self._pieces = self._make_pieces(client)
-        client.register_step_pre_hook(self._only_from_here)
+        self._guard = client.register_step_pre_hook(self._only_from_here)
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -83,6 +83,7 @@ class ZeroOptimizer(ShardedOptimizer):
             ZsError: when the last backward raised, or another rank's update failed (RankDisagreement).
         """
         self._check_usable()
+        self._runtime.check_not_borrowed()
         client = self._client("step")
         loss = None
         if closure is not None:
@@ -99,7 +100,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
         else:
             self._reduce()
-            self._adopt_writes()
+            self._runtime.take_writes(self._runtime.flats)
             self._set_gradients()
         self._stepping = self.torn = True
         error: Exception | None = None
@@ -173,14 +174,34 @@ class ZeroOptimizer(ShardedOptimizer):
         return self._runtime.model
 
     def close(self) -> None:
-        """Removes all hooks and makes the parameters whole and ordinary again. Collective at stage 3."""
+        """Removes all hooks and makes parameters and the client's optimizer whole and ordinary again. Collective."""
+        if self._runtime.closed:
+            return
+        if self.inner is not None:
+            self._guard.remove()
+            self._give_back_state(self.inner)
         self._runtime.close()
+
+    def _give_back_state(self, client: torch.optim.Optimizer) -> None:
+        mine = {key for piece, _, _ in self._owned for key in client.state.get(piece, {})}
+        known = exchange("\n".join(sorted(mine)).encode(), self.group, label="names of states")
+        keys = sorted({key for names in known for key in names.decode().split("\n") if key})
+        whole: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for group in client.param_groups:
+            for param in group["params"]:
+                if not self._runtime.is_ignored(param):
+                    states = {key: self.full_state(param, key) for key in keys} if param.requires_grad else {}
+                    whole[param] = {key: value for key, value in states.items() if value is not None}
+        for piece, _, _ in self._owned:
+            client.state.pop(piece, None)
+        client.state.update({param: states for param, states in whole.items() if states})
 
     # -- by parameter -------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def full_param(self, param: nn.Parameter) -> Tensor:
         """`param`'s master value, whole, in the masters' dtype (fp32 for 16-bit parameters). Collective."""
         flat, _ = self._flat_of(param)
+        self._runtime.take_writes([flat])
         source = flat.master if flat.master is not None else flat.shard
         return self._runtime.whole_of(flat, param, source.to(flat.master_dtype))
 
@@ -310,13 +331,9 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def _set_gradients(self) -> None:
         for piece, flat, held in self._owned:
-            used = held.piece.index in flat.used
+            dropped = flat.grad is None and held.param.grad is None  # by model.zero_grad()
+            used = held.piece.index in flat.used and not dropped
             piece.grad = flat.gradient(held).view(piece.shape) if used else None
-
-    def _adopt_writes(self) -> None:
-        for flat in self._runtime.trainable:
-            if not flat.releasable:
-                flat.adopt_writes()
 
     def _reduce(self) -> None:
         self._runtime.check_no_backward("step")
@@ -364,6 +381,8 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def _check_usable(self) -> None:
         self._check_torn()
+        if self._runtime.closed:
+            raise ConfigError("this optimizer was closed: shard the model again")
         self._runtime.check_no_backward("this call")
 
     def _check_torn(self) -> None:

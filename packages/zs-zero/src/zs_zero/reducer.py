@@ -148,6 +148,10 @@ class Reducer:
     def _keep_local(self, flat: Flat, indices: set[int]) -> None:
         """One rank: the sum is the gradient itself. Only 16-bit ones move, for the fp32 masters."""
         before, flat.used = flat.used, flat.used | indices
+        for index in indices:
+            grad = flat.params[index].grad
+            if grad is not None and grad.layout != torch.strided:
+                flat.params[index].grad = grad.to_dense()
         if not flat.sixteen_bit or not indices:
             return
         if flat.grad is None:
@@ -204,7 +208,7 @@ class Reducer:
         return torch.empty(numel, dtype=dtype, device=flat.whole.device)
 
     def _wire_dtype(self, flat: Flat) -> torch.dtype:
-        return self._reduce_dtype or flat.plan.dtype
+        return flat.plan.dtype if self._reduce_dtype is None or flat.plan.dtype.is_complex else self._reduce_dtype
 
     def _make_room(self) -> None:
         while len(self._in_flight) > self._ahead:

@@ -10,7 +10,8 @@ Among one rank every stage is stage 0: there is nobody to share with.
 """
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,6 +105,7 @@ class Runtime:
             reshard_after_forward=options.reshard_after_forward,
             span=groups.dp.observers.span,
         )
+        self._mark_enclosing(specs)
         self._hook(specs)
         groups.set_checked(True)
 
@@ -173,6 +175,11 @@ class Runtime:
             buffers[name] = buffer
         return send_from_first(buffers, self.groups.dp)
 
+    def _mark_enclosing(self, specs: Sequence[UnitSpec]) -> None:
+        entered = [(name, unit) for unit, spec in zip(self.units, specs, strict=True) for name in spec.modules]
+        for name, unit in entered:
+            unit.encloses |= any(other is not unit and _is_inside(inner, name) for inner, other in entered)
+
     def _hook(self, specs: Sequence[UnitSpec]) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if self._releases:
@@ -182,10 +189,11 @@ class Runtime:
             self._handles.append(self.model.register_state_dict_pre_hook(self._refuse_state_dict))
         if self._reduces_in_backward:
             for unit in self.units:
-                for flat in unit.flats:
+                for position, flat in enumerate(unit.flats):
                     if flat.plan.trainable:
                         for index, param in enumerate(flat.params):
-                            hook = partial(self._after_gradient, unit, flat, index)
+                            place = (unit.index, position, index)
+                            hook = partial(_call_if_alive, weakref.WeakMethod(self._after_gradient), *place)
                             self._handles.append(param.register_post_accumulate_grad_hook(hook))
         if self.options.broadcast_buffers and self.groups.dp.size > 1:
             self._handles.append(self.model.register_forward_pre_hook(self._broadcast_buffers))
@@ -202,13 +210,15 @@ class Runtime:
         return self
 
     # -- hooks --------------------------------------------------------------------------------------------------------
-    def _after_gradient(self, unit: Unit, flat: Flat, index: int, param: Tensor) -> None:
+    def _after_gradient(self, unit_index: int, position: int, index: int, param: Tensor) -> None:
+        unit = self.units[unit_index]
+        flat = unit.flats[position]
         self.tasks.enter()
         if self.sync and param.grad is not None:
             grad, param.grad = param.grad, None
             self.reducer.add(flat, index, grad)
         if self._releases:
-            self.gatherer.after_gradient(unit)
+            self.gatherer.after_gradient(unit, flat, index)
 
     def _finish_backward(self) -> None:
         with torch.no_grad():
@@ -311,6 +321,7 @@ class Runtime:
 
     def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
         """Sets one parameter from its whole value (numel,) in the masters' dtype, the same on every rank."""
+        self.take_writes([flat])
         for held in flat.held_pieces():
             if held.param is param:
                 part = value[held.piece.start : held.piece.stop]
@@ -320,6 +331,18 @@ class Runtime:
         if flat.state is ParamState.WHOLE:
             param.data.view(-1).copy_(value)
             flat.note_versions()
+
+    def take_writes(self, flats: Iterable[Flat]) -> None:
+        """Takes what the user wrote into whole parameters over into the masters."""
+        for flat in flats:
+            if not flat.releasable:
+                flat.reattach()
+                flat.adopt_writes()
+
+    def check_not_borrowed(self) -> None:
+        for flat in self.flats:
+            if flat.borrowers:
+                raise ConfigError("step() inside `with zs_zero.gathered(...)`: its end would put the old values back")
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Which flags are set on any rank. Collective."""
@@ -343,5 +366,17 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         for flat in self.flats:
+            flat.releasable = False
             for param in flat.params:
                 param.__dict__.pop("_zs_flat", None)
+
+
+def _is_inside(inner: str, outer: str) -> bool:
+    return inner != outer and (not outer or inner.startswith(outer + "."))
+
+
+def _call_if_alive(method: "weakref.WeakMethod[Any]", *args: Any) -> None:
+    """A hook on a parameter holds numbers only: the collector does not see through it, so it would keep the model."""
+    alive = method()
+    if alive is not None:
+        alive(*args)

@@ -70,7 +70,7 @@ def shard(
     if not predivide_factor > 0:
         raise ConfigError(f"predivide_factor is a number above 0 (got {predivide_factor!r})")
     before = getattr(model, "_zs_runtime", None)
-    if isinstance(before, Runtime) and not before.closed:
+    if isinstance(before, Runtime) and not before.closed and before.model is model:
         raise ConfigError(f"this {type(model).__name__} is sharded already: close() its optimizer first")
     groups = _groups(mesh, stage)
     ignored = _ignored(model, ignore)
@@ -103,7 +103,7 @@ def runtime_of(model: nn.Module) -> Runtime:
         ConfigError: when `model` was not given to `shard`.
     """
     runtime = getattr(model, "_zs_runtime", None)
-    if not isinstance(runtime, Runtime):
+    if not isinstance(runtime, Runtime) or runtime.model is not model:
         raise ConfigError(f"this {type(model).__name__} is not sharded: give it to zs_zero.shard first")
     return runtime
 

@@ -1,5 +1,6 @@
 """Which parameters form a unit: by default the blocks of the model, with small leftovers joined to a neighbour."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,10 +47,18 @@ def choose_units(
                 if module_name not in holders:
                     holders.append(module_name)
                 names.setdefault(id(param), (f"{module_name}.{leaf}" if module_name else leaf, param))
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    first_names = {id(module): name for name, module in model.named_modules()}
+    named = Counter(id(module) for module in everywhere.values())
+    several = {key: name for key, name in first_names.items() if named[key] > 1}
     units: dict[str, UnitSpec] = {}
     for key, (name, param) in names.items():
         homes = dict.fromkeys(_home(module_name, selected) for module_name in owners[key])
-        if len(homes) == 1:
+        roots = {_shared_root(module_name, several, everywhere) for module_name in owners[key]}
+        root = roots.pop() if len(roots) == 1 else None
+        if len(homes) > 1 and root is not None:  # a module in several places: entered under any of its names
+            unit = units.setdefault(f"{root} (shared)", UnitSpec(f"{root} (shared)", [root]))
+        elif len(homes) == 1:
             home = next(iter(homes))
             unit = units.setdefault(home, UnitSpec(home, [home]))
         else:
@@ -67,12 +76,16 @@ def _selected(modules: dict[str, nn.Module], choice: UnitChoice) -> set[str]:
         if isinstance(item, str):
             found = {item} & modules.keys()
         else:
-            found = {name for name, module in modules.items() if isinstance(module, item)}
+            found = {name for name, module in modules.items() if isinstance(module, item) and _is_called(module)}
         if not found:
             known = sorted({type(module).__name__ for module in modules.values()})
             raise ConfigError(f"units: {item!r} matches no module of the model (module classes: {', '.join(known)})")
         selected |= found
     return selected - {""}
+
+
+def _is_called(module: nn.Module) -> bool:
+    return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # attention uses its weight only
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -117,6 +130,13 @@ def _home(module_name: str, selected: set[str]) -> str:
         if candidate in selected:
             return candidate
     return ""
+
+
+def _shared_root(path: str, several: dict[int, str], everywhere: dict[str, nn.Module]) -> str | None:
+    """The first name of the outermost module around `path` that has several names, if one has."""
+    parts = path.split(".") if path else []
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((several[id(everywhere[p])] for p in prefixes if id(everywhere[p]) in several), None)
 
 
 def _join_small(units: Sequence[UnitSpec], *, has_blocks: bool) -> list[UnitSpec]:

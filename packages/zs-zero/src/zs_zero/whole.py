@@ -33,6 +33,7 @@ def gathered(params: Params, *, modifier_rank: int | None = None) -> Iterator[No
     for part in sliced:
         part.fetch()
     for _, flat in chosen:
+        flat.borrowers += 1
         flat.gather()
     for _, flat in chosen:
         flat.wait()
@@ -41,6 +42,7 @@ def gathered(params: Params, *, modifier_rank: int | None = None) -> Iterator[No
     finally:
         with torch.no_grad():
             for runtime, flat in chosen:
+                flat.borrowers -= 1
                 _take_back(runtime, flat, modifier_rank)
                 unit = next(unit for unit in runtime.units if flat in unit.flats)
                 if not unit.depth and not unit.pinned and not unit.running:
@@ -67,6 +69,7 @@ def full_state_dict(
             before = [flat.state for flat in unit.flats]
             for flat in unit.flats:
                 if masters and flat.master is not None and flat.master is not flat.shard:
+                    runtime.take_writes([flat])
                     for param in flat.params:
                         value = runtime.whole_of(flat, param, flat.master)
                         if keep:
@@ -130,6 +133,7 @@ def _flats_of(params: Params) -> list[tuple[Runtime, Flat]]:
 
 def _take_back(runtime: Runtime, flat: Flat, modifier_rank: int | None) -> None:
     group = runtime.groups.dp
+    flat.reattach()
     if modifier_rank is not None:
         broadcast(flat.whole, group, src=modifier_rank, label=flat.name)
     elif group.size > 1:
