@@ -1,5 +1,6 @@
 """What is refused, with which type and words, on every rank and quickly."""
 
+import logging
 import time
 
 import pytest
@@ -191,6 +192,30 @@ def test_differing_values_become_rank_0s():
     first, second = run_ranks(differing_values, 2)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["1.running_mean"].tolist() == [0.0] * 4
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def what_is_said(group, seed):
+    heard = Lines()
+    logging.getLogger("zs_zero").addHandler(heard)
+    torch.manual_seed(seed * group.rank)
+    model = Net()
+    zs_zero.shard(model, torch.optim.SGD(model.parameters()), stage=3, mesh=group)
+    return heard.lines
+
+
+def test_differing_values_are_said_once():
+    (line,), nothing = run_ranks(what_is_said, 2, 1)
+    assert "6 tensors differed between ranks" in line and "layers.0.weight" in line and nothing == []
+    assert run_ranks(what_is_said, 2, 0) == [[], []]
 
 
 def local_and_sent_buffers(group, broadcast):

@@ -81,6 +81,8 @@ def touch_everything(group):
         "torch.save": lambda: torch.save(weight, io.BytesIO()),
         "array": lambda: memoryview(weight.__array__()),
         "dlpack": lambda: weight.__dlpack__(),
+        "clip_grad_norm_": lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        "get_total_norm": lambda: nn.utils.clip_grad_value_(model.parameters(), 1.0),
         "format": lambda: f"{weight.norm():.2f}",
     }
     refused = {}

@@ -135,7 +135,8 @@ class ZeroOptimizer(ShardedOptimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Reduces, then scales all gradients by `min(1, max_norm / (norm + 1e-6))`, as torch's function does.
 
-        Call it on every rank between backward and step. Returns the norm before clipping (0-dim fp32, CPU).
+        Call it on every rank between backward and step, in the place of torch's (which sees this rank's gradients only,
+        and raises at stage 3). Returns the norm before clipping (0-dim fp32, CPU).
         """
         norm = self.grad_norm()
         factor = max_norm / (float(norm) + 1e-6)

@@ -5,6 +5,7 @@ returns whatever lies there. So while it is released a parameter's class is a su
 values (shape, dtype, requires_grad ...) and raises for the rest, naming the parameter and the way out.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -40,6 +41,9 @@ def _allowed() -> set[Any]:
     return allowed
 
 
+_READ_GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
+
+
 class ReleasedParameterError(ZsError, RuntimeError):
     """A parameter was read or written while its values are spread over the ranks (stage 3)."""
 
@@ -60,6 +64,9 @@ class _Released(nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func == _READ_GRAD and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.clip_grad":
+            # it leaves out parameters without a gradient, so it would clip nothing and return 0
+            _refuse(args[0], "torch.nn.utils.clip_grad_norm_ (use optimizer.clip_grad_norm_)")
         if func in cls._zs_allowed:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
