@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from zs_comm import (
     reduce_scatter,
     scatter,
 )
-from zs_comm.testing import loopback_nbytes, run_ranks
+from zs_comm.testing import loopback_nbytes, run_ranks, socket_nbytes
 
 
 class Recorder:
@@ -98,26 +95,6 @@ def spanned(group: Group) -> list[tuple[Any, ...]]:
 
 def test_a_collective_is_a_span() -> None:
     assert run_ranks(spanned, 2) == [[("begin", "all_gather", "unit"), ("end", "all_gather", "unit")]] * 2
-
-
-def socket_nbytes() -> int:
-    """Bytes that the kernel has carried for this process's TCP connections: acknowledged, headers not counted.
-
-    Unlike the counters of the loopback device these are this process's own, whatever else the machine does.
-    """
-    total = 0
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            connection = socket.socket(fileno=os.dup(int(entry.name)))
-        except FileNotFoundError:
-            continue
-        with connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-                total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
-    return total
 
 
 def counted(group: Group, numel: int, itemsize: int) -> dict[str, tuple[int, int, int]]:

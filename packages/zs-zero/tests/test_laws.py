@@ -7,7 +7,7 @@ import zs_zero
 from torch import nn
 from zs_comm import CollectiveLog, barrier
 from zs_comm.memory import StorageMeter, live_tensor_nbytes
-from zs_comm.testing import loopback_nbytes, run_ranks
+from zs_comm.testing import loopback_nbytes, run_ranks, socket_nbytes
 
 WIDTH, BLOCKS, VOCAB = 128, 8, 512
 
@@ -58,16 +58,15 @@ def wire(group, stage, accumulation, dtype):
     group.observers.add(log)
     barrier(group)
     log.reset()
-    kernel = []
+    barrier(group)
+    device, sockets = loopback_nbytes(), socket_nbytes()
     for _ in range(3):
-        barrier(group)
-        before = loopback_nbytes()
         window(model, optimizer, accumulation, group.rank)
-        barrier(group)
-        kernel.append(loopback_nbytes() - before)
+    barrier(group)
+    device, sockets = loopback_nbytes() - device, socket_nbytes() - sockets
     plan = optimizer.plan
     kept = plan.units[-1].flats[0].padded_numel  # the last unit stays whole from forward to backward
-    return log.total_wire_nbytes / 3, min(kernel), plan.padded_numel, kept, plan.numel
+    return log.total_wire_nbytes / 3, sockets / 3, device / 3, plan.padded_numel, kept, plan.numel
 
 
 def due(stage, accumulation, numel, kept, itemsize, world):
@@ -87,12 +86,13 @@ def test_bytes_on_the_wire_are_the_theorys(accumulation, dtype):
     for world in (2, 4) if accumulation == 1 and dtype is None else (2,):
         for stage in (0, 1, 2, 3):
             results = run_ranks(wire, world, stage, accumulation, dtype)
-            for logged, kernel, padded, kept, numel in results:
+            for logged, sockets, device, padded, kept, numel in results:
                 assert padded <= 1.01 * numel
                 expected = due(stage, accumulation, padded, kept, itemsize, world)
                 assert logged == pytest.approx(expected, rel=0.01), (stage, world)
-                # the loopback counter sees every rank's bytes (and their TCP headers); other traffic can only add
-                assert kernel == pytest.approx(sum(r[0] for r in results), rel=0.03), (stage, world)
+                assert sockets == pytest.approx(logged, rel=0.03), (stage, world)  # by the kernel, for this process
+                # the device sees every rank's bytes, their headers and everybody else's traffic
+                assert device >= 0.97 * sum(r[0] for r in results), (stage, world)
 
 
 def held_bytes(stage, world, dtype):

@@ -14,7 +14,7 @@ two-rank test costs well under 0.15 s. As a pytest plugin (it registers itself) 
 the fixture `ranks`.
 """
 
-from zs_comm.testing.loopback import loopback_nbytes
+from zs_comm.testing.loopback import loopback_nbytes, socket_nbytes
 from zs_comm.testing.ranks import RankFailed, RankOutcome, RunResult, run_ranks
 
-__all__ = ("RankFailed", "RankOutcome", "RunResult", "loopback_nbytes", "run_ranks")
+__all__ = ("RankFailed", "RankOutcome", "RunResult", "loopback_nbytes", "run_ranks", "socket_nbytes")
