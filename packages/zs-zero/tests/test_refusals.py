@@ -270,6 +270,25 @@ def test_ranks_with_different_calls(stage, how):
     assert time.monotonic() - started < 30
 
 
+def checked_after_each_step(group):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = zs_zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=3, mesh=group)
+    checked = [group.checked]
+    for step in range(9):
+        model(torch.ones(2, 8), order=[2, 1, 0] if step == 5 else None).sum().backward()
+        optimizer.step()
+        checked.append(group.checked)
+    return checked
+
+
+def test_calls_are_compared_for_three_steps_and_again_after_the_order_changed():
+    for checked in run_ranks(checked_after_each_step, 2):
+        assert checked[:3] == [True] * 3  # the first three steps
+        assert checked[3:6] == [False] * 3
+        assert checked[6]  # the order changed in the sixth
+
+
 def unused_everywhere_but_one(group, stage):
     """Not an error: a parameter used on one rank only."""
     torch.manual_seed(0)
