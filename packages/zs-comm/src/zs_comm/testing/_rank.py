@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -114,7 +115,13 @@ def _init(task: RankTask) -> Any:
     from zs_comm.launch import init_distributed  # here: the harness's other parts work without it
 
     store = FileStore(task.rendezvous, task.world)
-    return init_distributed(task.backend, store=store, rank=task.rank, world=task.world, timeout_s=task.comm_timeout_s)
+    group = init_distributed(
+        task.backend, store=store, rank=task.rank, world=task.world, timeout_s=task.comm_timeout_s
+    )
+    # A rank is connected before its slower peers are: one whose function leaves at once would break theirs off.
+    store.set(f"connected/{task.rank}", "")
+    store.wait([f"connected/{rank}" for rank in range(task.world)], timedelta(seconds=task.comm_timeout_s))
+    return group
 
 
 def _shutdown() -> None:
