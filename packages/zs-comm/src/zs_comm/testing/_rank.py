@@ -115,9 +115,7 @@ def _init(task: RankTask) -> Any:
     from zs_comm.launch import init_distributed  # here: the harness's other parts work without it
 
     store = FileStore(task.rendezvous, task.world)
-    group = init_distributed(
-        task.backend, store=store, rank=task.rank, world=task.world, timeout_s=task.comm_timeout_s
-    )
+    group = init_distributed(task.backend, store=store, rank=task.rank, world=task.world, timeout_s=task.comm_timeout_s)
     # A rank is connected before its slower peers are: one whose function leaves at once would break theirs off.
     store.set(f"connected/{task.rank}", "")
     store.wait([f"connected/{rank}" for rank in range(task.world)], timedelta(seconds=task.comm_timeout_s))
