@@ -1,4 +1,4 @@
-"""The project's benchmarks:  python benchmarks/run.py train | wire | memory | import  [options]
+"""The project's benchmarks:  python benchmarks/run.py train | wire | memory | import | adam | aio | ckpt  [options]
 
 Each prints Markdown and writes it to benchmarks/results. `--help` after a name lists its options.
 """
@@ -18,6 +18,9 @@ JOBS = {  # name on the command line -> module
     "wire": "wire",
     "memory": "memory",
     "import": "startup",
+    "adam": "adam",
+    "aio": "aio",
+    "ckpt": "ckpt",
 }
 
 

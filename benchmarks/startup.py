@@ -1,4 +1,4 @@
-"""`import`: what importing a package costs beyond importing torch, in fresh interpreters."""
+"""`import`: what importing a package costs in fresh interpreters, beyond torch where it needs torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import probes
 import tables
 from launch import say
 
-PACKAGES = ("zs_comm", "zs_zero", "zs_engine")
+PACKAGES = ("zs_comm", "zs_zero", "zs_engine")  # beyond torch
+BY_THEMSELVES = ("zs_offload_aio",)
 PROBE = """
 import time
 began = time.perf_counter()
-import torch
+import {first}
 middle = time.perf_counter()
 import {package}
 print(middle - began, time.perf_counter() - middle)
@@ -29,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     machine = probes.hardware()
-    present = [package for package in PACKAGES if importlib.util.find_spec(package)]
+    present = [package for package in (*PACKAGES, *BY_THEMSELVES) if importlib.util.find_spec(package)]
     torch_s: list[float] = []
     beyond_s: dict[str, list[float]] = {package: [] for package in present}
     for round_ in range(args.rounds):
         for package in present:
-            probe = [sys.executable, "-c", PROBE.format(package=package)]
+            first = "time" if package in BY_THEMSELVES else "torch"
+            probe = [sys.executable, "-c", PROBE.format(package=package, first=first)]
             printed = subprocess.run(probe, check=True, capture_output=True, text=True).stdout.split()
-            torch_s.append(float(printed[0]))
+            if first == "torch":
+                torch_s.append(float(printed[0]))
             beyond_s[package].append(float(printed[1]))
         say(f"round {round_ + 1}/{args.rounds}")
     rows = [["torch", tables.spread(torch_s)], *([name, tables.spread(xs)] for name, xs in beyond_s.items())]
@@ -44,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
 
 {machine}.
 
-Seconds, medians (least-most) of {args.rounds} rounds in fresh interpreters; each package beyond torch.
+Seconds, medians (least-most) of {args.rounds} rounds in fresh interpreters; each package beyond torch, but
+{", ".join(BY_THEMSELVES)} by itself.
 
 {tables.table(["import", "seconds"], rows)}
 """

@@ -48,6 +48,12 @@ def third_party(root: Path = ROOT) -> list[str]:
     return sorted(line for line in found if requirement_name(line) not in {*tables, "torch"})
 
 
+def requires(requirement: str, names: Iterable[str], root: Path = ROOT) -> bool:
+    """Whether one of these packages declares `requirement`, say torch, as a dependency."""
+    tables = projects(root)
+    return any(requirement in map(requirement_name, tables[name].get("dependencies", [])) for name in names)
+
+
 def closure(names: Iterable[str], siblings: Graph) -> frozenset[str]:
     """What installing `names` installs: they and everything they need."""
     found: set[str] = set()

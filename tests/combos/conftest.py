@@ -30,7 +30,8 @@ def installed(config: pytest.Config) -> set[str]:
 def declared(path: Path) -> set[str]:
     """The value of `REQUIRES`, read without importing the file."""
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REQUIRES":
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and getattr(target, "id", "") == "REQUIRES":
             requires = ast.literal_eval(node.value)
             if unknown := set(requires) - set(graph()):
                 raise pytest.UsageError(f"{path}: REQUIRES names {sorted(unknown)}, which are no packages")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from workspace import ROOT, closure, graph, import_name, projects
+from workspace import ROOT, closure, graph, import_name, projects, requires
 
-REQUIRES = {"zs-comm"}
+REQUIRES: set[str] = set()
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -32,6 +33,11 @@ def test_each_package_imports_by_itself(packages: set[str], tmp_path: Path) -> N
         code = f"import {name}, sys; print(*sorted(m for m in sys.modules if m.startswith('zs_') and '.' not in m))"
         allowed = {import_name(p) for p in closure([package], graph())}
         assert set(run_python(code, tmp_path).split()) <= allowed
+
+
+def test_torch_is_there_only_where_it_is_needed(packages: set[str]) -> None:
+    assert (importlib.util.find_spec("torch") is not None) == requires("torch", packages)
+    assert importlib.util.find_spec("numpy") is None
 
 
 def test_versions_are_those_of_the_tree(packages: set[str], tmp_path: Path) -> None:

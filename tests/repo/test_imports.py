@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from workspace import ROOT, graph, import_name, imports, sibling_imports
+from workspace import ROOT, graph, import_name, imports, projects, sibling_imports
 
 GRAPH = graph()
 OWNER = {import_name(package): package for package in GRAPH}
@@ -23,6 +23,17 @@ def test_below_the_engine_only_zs_comm_is_imported(package: str) -> None:
     others = [found for found in sibling_imports(package) if OWNER[found.names[0]] != BASE]
     assert not others
     assert GRAPH[package] <= {BASE}
+
+
+def test_the_file_engine_needs_nobody() -> None:
+    """zs-offload-aio is for everyone who has bytes: no sibling, no requirement, torch in one module only."""
+    package = "zs-offload-aio"
+    assert not GRAPH[package] and not projects()[package].get("dependencies")
+    source = ROOT / "packages" / package / "src"
+    for path in sorted(source.rglob("*.py")):
+        taken = {found.names[0] for found in imports(path.read_text(), path.name)} & {"torch", "numpy"}
+        # `typing_extensions` is imported for the type checker only
+        assert taken == ({"torch"} if path.name == "torch.py" else set()), path
 
 
 @pytest.mark.parametrize("package", sorted(GRAPH))

@@ -49,8 +49,17 @@ def test_every_package_is_complete(package: str) -> None:
     assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert not (folder / "tests/__init__.py").exists()
     settings = tomllib.loads((folder / "pyproject.toml").read_text())
-    assert settings["build-system"]["build-backend"] == "uv_build" or package == "zs-offload-aio"
+    backend = "setuptools.build_meta" if (folder / "csrc").exists() else "uv_build"
+    assert settings["build-system"]["build-backend"] == backend
     assert PROJECTS[package]["requires-python"] == ">=3.11"
+
+
+def test_every_c_file_is_built_and_shipped() -> None:
+    """A list in pyproject.toml is all that setuptools takes."""
+    folder = ROOT / "packages/zs-offload-aio"
+    extension = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
+    assert extension["sources"] == sorted(f"csrc/{path.name}" for path in folder.glob("csrc/*.c"))
+    assert extension["depends"] == sorted(f"csrc/{path.name}" for path in folder.glob("csrc/*.h"))
 
 
 def test_test_files_have_unique_names() -> None:

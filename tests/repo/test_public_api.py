@@ -1,5 +1,7 @@
 """The public names and signatures of every package, beside the list that was agreed on.
 
+Of a package: `__all__` of it, of its subpackages, of the modules in its `__all__`, and of those its entry points name.
+
 A change that is meant: `nox -s tests -- -k public_api --zs-update`, and the version's minor goes up when a name
 that a sibling uses changed.
 """
@@ -10,29 +12,42 @@ import difflib
 import enum
 import importlib
 import inspect
+import types
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from workspace import ROOT, graph, sibling_imports
+from workspace import ROOT, graph, projects, sibling_imports
 
 SNAPSHOT = ROOT / "tests/repo/public_api.txt"
 
 
 def public_names() -> set[tuple[str, str]]:
-    """(module, name): `__all__` of each package and subpackage, and whatever else a sibling imports."""
+    """(module, name): what is public by the rule above, and whatever else a sibling imports."""
     names: set[tuple[str, str]] = set()
     for package in graph():
         source = ROOT / "packages" / package / "src"
         for path in source.rglob("__init__.py"):
             module = ".".join(path.parent.relative_to(source).parts)
-            names |= {(module, name) for name in importlib.import_module(module).__all__}
+            names |= all_of(module)
+        for points in projects()[package].get("entry-points", {}).values():
+            for module, colon, name in (value.partition(":") for value in points.values()):
+                names |= all_of(module) | ({(module, name)} if colon else set())
         for taken in sibling_imports(package):
             module, name = ".".join(taken.names[:-1]), taken.names[-1]
             names.add((module or name, "" if not module else name))
     return {(module, name) for module, name in names if name and not isinstance(value_of(module, name), ModuleType)}
+
+
+def all_of(module: str) -> set[tuple[str, str]]:
+    found = importlib.import_module(module)
+    names = {(module, name) for name in getattr(found, "__all__", ())}
+    for _, name in sorted(names):
+        if isinstance(inner := getattr(found, name), ModuleType):
+            names |= all_of(inner.__name__)
+    return names
 
 
 def value_of(module: str, name: str) -> Any:
@@ -92,8 +107,10 @@ def members(prefix: str, cls: type) -> Iterator[str]:
             yield f"{prefix}.{key} (property)"
         elif isinstance(value, staticmethod | classmethod):
             yield f"{prefix}.{key}{signature(value.__func__)}"
-        elif inspect.isfunction(value):
+        elif isinstance(value, types.FunctionType | types.MethodDescriptorType):
             yield f"{prefix}.{key}{signature(value)}"
+        elif isinstance(value, types.GetSetDescriptorType):  # a property written in C
+            yield f"{prefix}.{key} (property)"
 
 
 def current() -> list[str]:

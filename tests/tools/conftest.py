@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zs-uv", default="uv", help="path of the uv executable")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def uv(request: pytest.FixtureRequest) -> Uv:
     """`uv(*arguments, cwd=..., env={...})` -> its output; None in `env` unsets. A failure shows what it wrote."""
 

@@ -27,8 +27,10 @@ def copy_tree(folder: Path) -> Path:
     """What the wheels are built from, and nothing else."""
     folder.mkdir()
     shutil.copy(ROOT / "pyproject.toml", folder)
-    ignore = shutil.ignore_patterns("tests", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns("tests", "build", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT / "packages", folder / "packages", ignore=ignore)
+    for source in folder.glob("packages/*/csrc/*.c"):
+        source.write_text("")  # to compile it takes long, and tests/tools/test_wheel.py does it
     return folder
 
 
@@ -53,19 +55,27 @@ def bump_patch(tree: Path, package: str) -> None:
     path.write_text(text)
 
 
+@pytest.fixture(scope="module")
+def before(uv: Uv, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    tree = copy_tree(tmp_path_factory.mktemp("before") / "tree")
+    return tree, build(uv, tree)
+
+
 def find_links(*folders: Path) -> dict[str, str | None]:
     extra = os.environ.get("PIP_FIND_LINKS", "").split()
     return {"UV_FIND_LINKS": ",".join([*map(str, folders), *extra])}
 
 
 @pytest.mark.parametrize("bumped", sorted(GRAPH))
-def test_a_patch_of_one_package_touches_no_other(bumped: str, uv: Uv, tmp_path: Path) -> None:
-    before = build(uv, copy_tree(tmp_path / "before"))
+def test_a_patch_of_one_package_touches_no_other(
+    bumped: str, uv: Uv, before: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    wheels = before[1]
     tree = copy_tree(tmp_path / "after")
     bump_patch(tree, bumped)
     after = build(uv, tree)
-    assert set(before) == set(after) == set(GRAPH)
-    assert {package for package in GRAPH if before[package] != after[package]} == {bumped}
+    assert set(wheels) == set(after) == set(GRAPH)
+    assert {package for package in GRAPH if wheels[package] != after[package]} == {bumped}
 
     versions = {package: table["version"] for package, table in projects(tree).items()}
     for names in combinations(GRAPH).values():
@@ -81,12 +91,13 @@ def test_a_patch_of_one_package_touches_no_other(bumped: str, uv: Uv, tmp_path: 
 
 
 @pytest.mark.parametrize("with_folder", [True, False], ids=["with-PIP_FIND_LINKS", "without"])
-def test_everything_resolves_to_a_torch(with_folder: bool, uv: Uv, tmp_path: Path) -> None:
+def test_everything_resolves_to_a_torch(
+    with_folder: bool, uv: Uv, before: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     """Resolving is all that is done without a folder of wheels: what it names may be gigabytes."""
     if with_folder and not os.environ.get("PIP_FIND_LINKS"):
         pytest.skip("PIP_FIND_LINKS names no folder here")
-    tree = copy_tree(tmp_path / "tree")
-    build(uv, tree)
+    tree = before[0]
     env = find_links(tree / "dist") if with_folder else {"UV_FIND_LINKS": str(tree / "dist"), "PIP_FIND_LINKS": None}
     uv("venv", "-q", "empty", cwd=tmp_path)
     python = str(tmp_path / "empty")

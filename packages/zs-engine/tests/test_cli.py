@@ -77,6 +77,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     rows = dict(line.split(maxsplit=1) for line in out(capsys).splitlines())
     assert rows["python"] == ".".join(map(str, sys.version_info[:3]))
     assert rows["torch"][0].isdigit() and "gloo" in rows["backends"]
+    assert "plain" in rows["aio"].split(", ")
     for name in ("zs-offload-aio", "zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress"):
         assert rows[name][0].isdigit() or rows[name] == f"not installed (optional: pip install {name})"
 

@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import zs_offload_aio
 from zs_comm import ConfigError, nodes, torchrun
 from zs_comm.config import dotted
 from zs_comm.jsonfile import read_json
@@ -21,8 +22,8 @@ from zs_comm.keys import json_schema, verdicts
 
 from zs_engine.config import EngineConfig, examine, foreign_keys
 
-PACKAGES = ("zs-engine", "zs-comm", "zs-zero", "torch", "pydantic")
-OPTIONAL = ("zs-offload-aio", "zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress")
+PACKAGES = ("zs-engine", "zs-comm", "zs-offload-aio", "zs-zero", "torch", "pydantic")
+OPTIONAL = ("zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     lint.add_argument("config")
     lint.add_argument("--world", type=int, help="data-parallel ranks, to check the batch sizes for")
     lint.set_defaults(function=_lint)
+    for point in metadata.entry_points(group="zs_engine.commands"):  # of other packages: `zs ckpt`
+        text = f"of {point.dist.name if point.dist else point.module}; --help tells more"
+        # no character begins an option here: they are all the command's own
+        other = commands.add_parser(point.name, help=text, add_help=False, prefix_chars="\0")
+        other.add_argument("argv", nargs="*")
+        other.set_defaults(function=lambda options, point=point: point.load()(options.argv))
     options = parser.parse_args(argv)
     try:
         return int(options.function(options))
@@ -80,7 +87,8 @@ def _report(_: Any) -> int:
     installed = {package.name: package.version for package in metadata.distributions()}
     rows += [(name, installed.get(name, "not installed")) for name in PACKAGES]
     rows += [(name, installed.get(name, f"not installed (optional: pip install {name})")) for name in OPTIONAL]
-    rows.append(("backends", ", ".join(torchrun.backends())))
+    aio = [*(name for name, why in zs_offload_aio.backends().items() if not why), zs_offload_aio.optim.isa()]
+    rows += [("backends", ", ".join(torchrun.backends())), ("aio", ", ".join(aio))]
     devices = [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     rows += devices or [("cuda", "no device")]
     print("\n".join(f"{name:16}{value}" for name, value in rows))
