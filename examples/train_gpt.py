@@ -3,6 +3,7 @@
     zs run -n 2 examples/train_gpt.py                                       # stage 3, fp32, the Python reference
     zs run -n 2 examples/train_gpt.py --config examples/zero3_bf16.json --text my_book.txt
     python examples/train_gpt.py --steps 30                                 # one process, a quick look
+    zs run -n 2 examples/train_gpt.py --save runs/gpt --resume              # goes on where it stopped, on any ranks
 
 The JSON says the stage, the precision, the batch and the optimizer; the loop below is the same for all of them, on CPU
 and on a GPU. With the same seed and batch, every number of ranks sees the same data in the same order.
@@ -42,11 +43,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--context", type=int, default=64, help="bytes that the model looks back on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="folder for checkpoints: every --save-every steps, and at the end")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between two checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --save, if any")
     parser.add_argument("--prompt", default="The ")
     parser.add_argument("--sample", type=int, default=300, help="bytes of text to generate at the end")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the sample; 0 takes the likeliest byte")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume and args.save is None:
+        parser.error("--resume needs --save: the folder with the checkpoints")
+    return args
 
 
 def load_config(path: Path, steps: int) -> dict[str, Any]:
@@ -67,17 +74,24 @@ class Trained:
     state_nbytes: int  # parameters, gradients and optimizer state on this rank, when all three exist
 
 
-def train(engine: Any, corpus: Corpus, *, steps: int, group: zs_comm.Group, held_before: int) -> Trained:
-    """`steps` optimizer steps; progress on rank 0. `held_before`: bytes of tensors that are not the model's."""
+def train(
+    engine: Any, corpus: Corpus, *, steps: int, group: zs_comm.Group, held_before: int, save: Path | None, every: int,
+    recent: deque[Tensor],
+) -> Trained:  # fmt: skip
+    """Trains up to `steps` optimizer steps; progress on rank 0.
+
+    `held_before`: bytes of tensors that are not the model's. `save`: where a checkpoint goes `every` so many steps.
+    `recent`: losses of the last steps, also of those before a resume.
+    """
     micro_batch = engine.train_micro_batch_size_per_gpu()
     accumulation = engine.gradient_accumulation_steps()
     tokens_per_step = engine.train_batch_size() * corpus.context
     progress = Progress(steps, shown=group.rank == 0)
-    recent: deque[Tensor] = deque(maxlen=50)
-    warmup = min(10, steps // 2)
+    first_step = engine.global_steps
+    warmup = first_step + min(10, (steps - first_step) // 2)
     state_nbytes, began = 0, time.perf_counter()
 
-    for step in range(steps):
+    for step in range(first_step, steps):
         if step == warmup:
             began = time.perf_counter()
         ids, targets = corpus.training_batch(step, engine.train_batch_size())
@@ -97,6 +111,9 @@ def train(engine: Any, corpus: Corpus, *, steps: int, group: zs_comm.Group, held
             mean = torch.stack(list(recent)[-REPORT_EVERY:]).mean().item()  # waits for the device
             speed = (step + 1 - warmup) * tokens_per_step / (time.perf_counter() - began) if step >= warmup else 0.0
             progress.report(step + 1, loss=mean, tokens_per_s=speed)
+        if save is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            losses_so_far = [loss.item() for loss in recent]
+            engine.save_checkpoint(save, client_state={"recent": losses_so_far}, asynchronous=step + 1 < steps)
     progress.close()
 
     loss = zs_comm.all_reduce(torch.stack(list(recent)).mean(), group)
@@ -185,7 +202,16 @@ def main() -> None:
     unsharded = unsharded_nbytes(model, config)
     engine, *_ = zs_engine.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-    trained = train(engine, corpus, steps=args.steps, group=group, held_before=held_before)
+    recent: deque[Tensor] = deque(maxlen=50)
+    if args.resume:
+        _, client_state = engine.load_checkpoint(args.save)
+        recent += [torch.tensor(loss, device=engine.device) for loss in (client_state or {}).get("recent", [])]
+    if engine.global_steps >= args.steps:
+        raise SystemExit(f"{args.save} has {engine.global_steps} steps already: give more --steps")
+    trained = train(
+        engine, corpus, steps=args.steps, group=group, held_before=held_before, save=args.save, every=args.save_every,
+        recent=recent,
+    )  # fmt: skip
     validation = evaluate(engine, corpus, engine.train_micro_batch_size_per_gpu())
     sample = write_sample(engine, args)
 

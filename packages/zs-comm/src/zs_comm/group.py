@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .work import Work
 
-    GroupLike: TypeAlias = "Group | ProcessGroup | DeviceMesh | None"
+GroupLike: TypeAlias = "Group | ProcessGroup | DeviceMesh | None"
 
 DEFAULT_TIMEOUT_S = 120.0
 

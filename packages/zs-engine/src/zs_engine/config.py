@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch.optim import lr_scheduler
+from zs_ckpt.config import CheckpointConfig
 from zs_comm import ConfigError, keys
 from zs_comm.config import Problem, config_error, dotted
 from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.jsonfile import KeyPath, Source, read_json
 from zs_comm.keys import DeepSpeedSection, ForeignKeys, Note
+from zs_zero import schedules
 from zs_zero.config import Bf16Config, OptimizerConfig, ZeroConfig
 from zs_zero.elementwise import require_element_wise
 
-from zs_engine import schedules
 from zs_engine.batch import BatchSizes
 
 _log = logging.getLogger("zs_engine")
@@ -35,7 +36,7 @@ _NO_SP = Note("harmless", "there is no sequence parallelism in this configuratio
 
 
 class SchedulerConfig(TypeAndParams):
-    """`scheduler`: one of zs_engine.schedules or a class of torch.optim.lr_scheduler."""
+    """`scheduler`: one of zs_zero.schedules or a class of torch.optim.lr_scheduler."""
 
     def factory(self) -> Callable[[Any], Any] | None:
         """`callable(optimizer)`; None where no type is given. Raises ConfigError."""
@@ -67,6 +68,7 @@ class EngineConfig(DeepSpeedSection):
     scheduler: SchedulerConfig = SchedulerConfig()
     zero_optimization: ZeroConfig = ZeroConfig()
     bfloat16: Bf16Config = Field(default=Bf16Config(), alias="bf16")
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from zs_comm import ConfigError, Group
 from zs_zero import ZeroOptimizer
 
+from zs_engine import checkpoint
 from zs_engine.batch import BatchSizes
 from zs_engine.data import DataLoader
 
@@ -62,6 +63,7 @@ class Engine(nn.Module):
         self.dp_world_size, self.mp_world_size = zero.group.size, 1
         self.data_parallel_group = zero.group.process_group
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
+        self.checkpointers: dict[Any, Any] = {}  # by folder: their buffers, and what is being written
         self._sizes, self._applied = sizes, False
         self._boundary: bool | None = None
         self._norm: Tensor | None = None
@@ -110,7 +112,12 @@ class Engine(nn.Module):
         """Whether the next `step()` updates."""
         if self._boundary is not None:
             return self._boundary
-        return not self._config.managed_gradient_accumulation or (self.micro_steps + 1) % self._sizes.steps == 0
+        return not self.counts_windows or (self.micro_steps + 1) % self._sizes.steps == 0
+
+    @property
+    def counts_windows(self) -> bool:
+        """Whether the engine itself decides which `step()` updates, by counting."""
+        return self._boundary is None and self._config.managed_gradient_accumulation
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide from outside whether `step()` updates; None: the engine counts again."""
@@ -173,6 +180,46 @@ class Engine(nn.Module):
         options["pin_memory"] = self.device.type == "cuda" if pin_memory is None else pin_memory
         return DataLoader(dataset, size, rank=group.rank, world=group.size, **options)
 
+    def save_checkpoint(
+        self, save_dir: Any, tag: str | None = None, client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False, asynchronous: bool = False,
+    ) -> bool:  # fmt: skip
+        """Save everything that an exact resume needs, and `client_state`; every rank calls it. Returns True.
+
+        The tag is `global_step<N>` by default. Asynchronous: returns when the state is copied to host memory; an error
+        of the writing is raised at the next call. Raises as `zs_ckpt.save`.
+        """
+        how = {"exclude_frozen": exclude_frozen_parameters, "asynchronous": asynchronous}
+        checkpoint.save(self, save_dir, tag, client_state, latest=save_latest, **how)
+        return True
+
+    def load_checkpoint(
+        self, load_dir: Any, tag: str | None = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
+    ) -> tuple[str | None, Any]:  # fmt: skip
+        """Load a checkpoint of any stage, world size and precision; every rank calls it.
+
+        Returns its path and the client's state. Without a tag the newest; (None, None) and a warning where there is
+        none. `load_module_only`: parameters and buffers, nothing else. Raises as `zs_ckpt.load`.
+        """
+        parts = {"optimizer": load_optimizer_states, "scheduler": load_lr_scheduler_states}
+        return checkpoint.load(self, load_dir, tag, strict=load_module_strict, module_only=load_module_only, **parts)
+
+    def save_16bit_model(
+        self, save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the module's weights in its own dtype to one file on rank 0. Collective. Returns True.
+
+        A name that ends in .safetensors makes a safetensors file, tensor by tensor; any other one a file of torch's,
+        for which all of them are in rank 0's memory.
+        """
+        checkpoint.save_16bit(self, save_dir, save_filename, exclude_frozen_parameters)
+        return True
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """The module's whole weights on the CPU, at every stage. Collective."""
+        return checkpoint.module_state_dict(self, exclude_frozen_parameters)
+
     def to(self, *args: Any, **kwargs: Any) -> Engine:
         """For code that moves every model: accepts what is so already, and raises ConfigError for anything else."""
         wanted: Any = torch._C._nn._parse_to(*args, **kwargs)[:2]
@@ -186,7 +233,9 @@ class Engine(nn.Module):
         raise ConfigError("an engine's model stays where and as it is: move or cast it before initialize()")
 
     def destroy(self) -> None:
-        """Remove all hooks; the module's parameters are whole and ordinary again. Collective."""
+        """Finish what is being saved; remove all hooks: parameters are whole and ordinary again. Collective."""
+        while self.checkpointers:
+            self.checkpointers.popitem()[1].close()
         self.zero.close()
 
     def __getattr__(self, name: str) -> Any:

@@ -57,7 +57,7 @@ _live = Note(
 )
 _overlap = Note("equivalent", "communication always runs beside the computation")
 _ranks = Note("harmless", "every rank sends its share; there is no other path to choose")
-_gather = Note("equivalent", "zs_zero.full_state_dict gathers whole weights whatever this says")
+_gather = Note("equivalent", "save_16bit_model and zs_zero.full_state_dict gather whole weights whatever this says")
 _files = Note("harmless", "concerns the layout of checkpoint files, which do not depend on it")
 
 

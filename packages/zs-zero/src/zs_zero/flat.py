@@ -8,9 +8,10 @@
 `held_numel` is one slice, or all of them at stage 0 (every rank owns everything).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ class HeldPiece:
     piece: Piece
     low: int
     high: int
+
+    def cut(self, value: Any, like: Tensor) -> Any:
+        """The part that belongs to this piece of a state of the whole parameter, shaped as `like`; a copy."""
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == self.param.numel():
+            return value.reshape(-1)[self.piece.start : self.piece.stop].reshape(like.shape).clone()
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 class Flat:
@@ -123,6 +130,12 @@ class Flat:
             raise RuntimeError(f"{self.name}: a parameter counted as used has no gradient")
         return held.param.grad.reshape(-1)[held.piece.start : held.piece.stop]
 
+    def like(self, param: nn.Parameter, value: Tensor) -> Tensor:
+        """A whole value of `param` (numel,) where the masters are, in their dtype. Raises ConfigError for its size."""
+        if value.numel() != param.numel():
+            raise ConfigError(f"value of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}")
+        return value.detach().reshape(-1).to(param.device, self.master_dtype)
+
     # -- whole and released -------------------------------------------------------------------------------------------
     def gather(self) -> None:
         """Starts bringing the whole values in (stage 3); nothing to do where they are."""
@@ -192,9 +205,9 @@ class Flat:
     def note_versions(self) -> None:
         self.versions = [param._version for param in self.params]
 
-    def bump_versions(self) -> None:
+    def bump_versions(self, indices: Iterable[int]) -> None:
         """Tells autograd that the values changed: a backward through the old ones then raises, as in plain torch."""
-        for index in self.used:
+        for index in indices:
             torch.autograd.graph.increment_version(self.params[index])
         self.note_versions()
 

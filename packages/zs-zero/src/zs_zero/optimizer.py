@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zs_comm import ConfigError, Group, ZsError, agree, exchange
 
 from .flat import Flat, HeldPiece
+from .optimizer_state import OptimizerState
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class ZeroOptimizer(ShardedOptimizer):
             TornError: after an update that failed half-way.
             ZsError: when the last backward raised, or another rank's update failed (RankDisagreement).
         """
-        self._check_usable()
-        self._runtime.check_not_borrowed()
+        self.check_usable()
+        self._runtime.check_not_borrowed("step()")
         client = self._client("step")
         loss = None
         if closure is not None:
@@ -119,7 +120,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, reduced ones too."""
-        self._check_usable()
+        self.check_usable()
         self._runtime.drop_gradients()
 
     @contextmanager
@@ -153,7 +154,7 @@ class ZeroOptimizer(ShardedOptimizer):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """The global 2-norm of the window's mean gradient (0-dim fp32, CPU). Collective."""
-        self._check_usable()
+        self.check_usable()
         self._reduce()
         return self._runtime.grad_norm()
 
@@ -210,7 +211,7 @@ class ZeroOptimizer(ShardedOptimizer):
     def set_full_param(self, param: nn.Parameter, value: Tensor) -> None:
         """Sets `param` (master and model value) to `value`, the same on every rank."""
         flat, _ = self._flat_of(param)
-        self._runtime.set_value(flat, param, self._like(flat, param, value))
+        self._runtime.set_value(flat, param, flat.like(param, value))
 
     @torch.no_grad()
     def full_grad(self, param: nn.Parameter) -> Tensor | None:
@@ -228,7 +229,7 @@ class ZeroOptimizer(ShardedOptimizer):
         """Replaces `param`'s mean gradient for the coming step, the same on every rank. Collective."""
         flat, index = self._flat_of(param)
         self._reduce()
-        value = self._like(flat, param, value)
+        value = flat.like(param, value)
         if flat.grad is None and self.group.size == 1 and not flat.sixteen_bit:
             param.grad = value.reshape(param.shape).clone()
         else:
@@ -293,6 +294,9 @@ class ZeroOptimizer(ShardedOptimizer):
         self.state = client.state
         self.torn = False
 
+    def __zs_shardable__(self) -> OptimizerState:
+        return OptimizerState(self._runtime, self, self._owned if self.inner is not None else [])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "_pieces"):
             raise ConfigError("parameter groups are fixed once a model is sharded: add them before zs_zero.shard")
@@ -326,7 +330,7 @@ class ZeroOptimizer(ShardedOptimizer):
                 for piece, _, held in mine:
                     pieces.append(piece)
                     if state:  # the client's optimizer has stepped before: its state is cut like the parameter
-                        client.state[piece] = {key: _cut(value, param, piece, held) for key, value in state.items()}
+                        client.state[piece] = {key: held.cut(value, piece) for key, value in state.items()}
             grouped.append(pieces)
         return grouped
 
@@ -374,13 +378,7 @@ class ZeroOptimizer(ShardedOptimizer):
         self._check_torn()
         return self._runtime.flat_of(param)
 
-    @staticmethod
-    def _like(flat: Flat, param: nn.Parameter, value: Tensor) -> Tensor:
-        if value.numel() != param.numel():
-            raise ConfigError(f"value of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}")
-        return value.detach().reshape(-1).to(param.device, flat.master_dtype)
-
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
         self._check_torn()
         if self._runtime.closed:
             raise ConfigError("this optimizer was closed: shard the model again")
@@ -392,9 +390,3 @@ class ZeroOptimizer(ShardedOptimizer):
                 "the optimizer raised in the middle of its update, so parameters and states are part old, part new; "
                 "load a checkpoint (load_state_dict and zs_zero.load_full_state_dict) before going on"
             )
-
-
-def _cut(value: Any, param: nn.Parameter, piece: Tensor, held: HeldPiece) -> Any:
-    if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == param.numel():
-        return value.reshape(-1)[held.piece.start : held.piece.stop].reshape(piece.shape).clone()
-    return value.clone() if isinstance(value, Tensor) else value

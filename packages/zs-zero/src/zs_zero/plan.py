@@ -128,6 +128,11 @@ class Plan:
     def padded_numel(self) -> int:
         return sum(flat.padded_numel for flat in self.flats())
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that are not trained."""
+        return frozenset(e.spec.name for flat in self.flats() if not flat.trainable for e in flat.entries)
+
     def flats(self) -> Iterator[FlatPlan]:
         for unit in self.units:
             yield from unit.flats

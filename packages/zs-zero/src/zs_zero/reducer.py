@@ -139,6 +139,10 @@ class Reducer:
                 self._issue(bucket)
                 bucket.issued = False
                 bucket.flat.used |= used[id(bucket)]
+        self.finish_issued()
+
+    def finish_issued(self) -> None:
+        """Waits for the reductions under way: what is reduced stands in the flats' `grad`."""
         self._ahead = 0  # nothing is filled any more
         self._spare.clear()
         while self._in_flight:

@@ -249,18 +249,21 @@ class Runtime:
     # -- the window ---------------------------------------------------------------------------------------------------
     def after_update(self) -> None:
         """The optimizer changed the masters: spread the new values and close the window."""
+        self.spread((flat, flat.used) for flat in self.trainable if flat.used)
+        self.reducer.drop()
+        self._count_step()
+
+    def spread(self, changed: Iterable[tuple[Flat, Iterable[int]]]) -> None:
+        """New masters, or shards, of these flats (and which of their parameters) to whoever keeps them. Collective."""
         self.gatherer.release_all()
         under_way = []
-        for flat in self.trainable:
-            if flat.used:
-                flat.write_back()
-                flat.bump_versions()
-                under_way.append(flat.publish())  # in place: any number of them needs no memory
+        for flat, indices in changed:
+            flat.write_back()
+            flat.bump_versions(indices)
+            under_way.append(flat.publish())  # in place: any number of them needs no memory
         for work in under_way:
             if work is not None:
                 work.wait()
-        self.reducer.drop()
-        self._count_step()
 
     def _count_step(self) -> None:
         """Calls are compared between ranks while the order of units is new, and a few steps after it changed."""
@@ -304,6 +307,10 @@ class Runtime:
     def is_ignored(self, param: Tensor) -> bool:
         return id(param) in self._ignored
 
+    def ignored(self) -> dict[str, nn.Parameter]:
+        """Parameters that stay whole, local and unreduced, by name."""
+        return {name: param for name, param in self.model.named_parameters() if id(param) in self._ignored}
+
     def flat_of(self, param: Tensor) -> tuple[Flat, int]:
         try:
             return self._where[id(param)]
@@ -339,10 +346,10 @@ class Runtime:
                 flat.reattach()
                 flat.adopt_writes()
 
-    def check_not_borrowed(self) -> None:
+    def check_not_borrowed(self, call: str) -> None:
         for flat in self.flats:
             if flat.borrowers:
-                raise ConfigError("step() inside `with zs_zero.gathered(...)`: its end would put the old values back")
+                raise ConfigError(f"{call} inside `with zs_zero.gathered(...)`: its end would put the old values back")
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Which flags are set on any rank. Collective."""
@@ -360,6 +367,7 @@ class Runtime:
         if self.closed:
             return
         self.closed = True
+        self.model.__dict__.pop("__zs_shardable__", None)
         for unit in self.units:
             unit.gather()
             unit.wait()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from zs_comm import ConfigError, Group, Mesh, as_group
 
+from .checkpoint import ModelState, ShardableHook
 from .elementwise import require_element_wise
 from .optimizer import ZeroOptimizer
 from .reducer import Groups
@@ -93,7 +94,10 @@ def shard(
         runtime = Runtime(model, groups, options, ignored=ignored, device=_device(model, device))
         # how gathered() and full_state_dict() find the runtime; object.__setattr__ because it is no part of the module
         object.__setattr__(model, "_zs_runtime", runtime)
-        return ZeroOptimizer(runtime, optimizer)
+        zero = ZeroOptimizer(runtime, optimizer)
+        hook = ShardableHook(lambda: ModelState(runtime, zero))
+        object.__setattr__(model, "__zs_shardable__", hook)  # how zs-ckpt finds what this rank holds
+        return zero
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from zs_comm import ConfigError
-from zs_engine import schedules
-from zs_engine.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from zs_zero import schedules
+from zs_zero.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 
 def adam(*lrs: float) -> torch.optim.Optimizer:

@@ -1,0 +1,38 @@
+"""The section `checkpoint` of a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator
+from zs_comm.keys import DeepSpeedSection, Later, Note
+
+_EVERY_RANK = Note("equivalent", "every rank writes its share, each in a file of its own")
+
+
+class ParallelWriteConfig(DeepSpeedSection):
+    """`checkpoint.parallel_write`."""
+
+    pipeline_stage: Annotated[bool, _EVERY_RANK] = False
+
+
+class CheckpointConfig(DeepSpeedSection):
+    """`checkpoint`: nothing in it has to be chosen here."""
+
+    tag_validation: Annotated[
+        Literal["Ignore", "Warn", "Fail"], Note("equivalent", "tags that differ between ranks are an error")
+    ] = "Warn"
+    load_universal: Annotated[
+        bool, Note("equivalent", "every checkpoint loads at any stage and world size, without a conversion")
+    ] = False
+    use_node_local_storage: Annotated[Any, Later("all ranks save into one folder, which all see", False)] = False
+    parallel_write: ParallelWriteConfig | None = None
+    checkpoint_serialization: Annotated[bool, Note("harmless", "there is no pickle to choose a form of")] = True
+    writer: Annotated[
+        dict[str, Any] | None, Note("equivalent", "zs-offload-aio writes where it is installed, else threads do")
+    ] = None
+
+    @field_validator("tag_validation", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.capitalize() if isinstance(value, str) else value

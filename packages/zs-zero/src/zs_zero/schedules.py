@@ -1,0 +1,215 @@
+"""Learning-rate schedules with the names, parameters and values of DeepSpeed's five; each works on any torch optimizer.
+
+A schedule counts optimizer steps: it writes its starting value when built; call ``step()`` after ``optimizer.step()``.
+``last_batch_iteration`` is the last finished step, -1 before the first. A rate may be a list, one for each group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from zs_comm import ConfigError
+
+__all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
+PerGroup = float | Sequence[float]
+
+
+@dataclass(eq=False)
+class Schedule:
+    """What the five share; ``optimizer`` is anything with ``param_groups``."""
+
+    optimizer: Any
+
+    def __post_init__(self) -> None:
+        self.last_batch_iteration: int
+        if self.last_batch_iteration == -1:
+            self._apply()
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group at ``last_batch_iteration``."""
+        raise NotImplementedError
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rates that stand in the optimizer now."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """Go one step on (or to ``last_batch_iteration``) and write the values into the parameter groups."""
+        self.last_batch_iteration += 1
+        if last_batch_iteration is not None:
+            self.last_batch_iteration = last_batch_iteration
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_batch_iteration": self.last_batch_iteration}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_batch_iteration = state_dict["last_batch_iteration"]
+
+    def _apply(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], torch.Tensor) else lr
+
+    def _each(self, name: str) -> list[float]:
+        value, count = getattr(self, name), len(self.optimizer.param_groups)
+        values = list(value) if isinstance(value, Sequence) else [value] * count
+        if len(values) != count:
+            raise ConfigError(f"{name}: {len(values)} values for {count} parameter groups")
+        return values
+
+
+@dataclass(eq=False)
+class LRRangeTest(Schedule):
+    """Grow without bound: ``min_lr * (1 + rate * (steps + 1) / step_size)``; whole steps in a staircase."""
+
+    lr_range_test_min_lr: PerGroup = 1e-3
+    lr_range_test_step_size: int = 2000
+    lr_range_test_step_rate: float = 1.0
+    lr_range_test_staircase: bool = False
+    last_batch_iteration: int = -1
+
+    def get_lr(self) -> list[float]:
+        interval = (self.last_batch_iteration + 1) / self.lr_range_test_step_size
+        growth = self.lr_range_test_step_rate * (math.floor(interval) if self.lr_range_test_staircase else interval)
+        return [lr * (1 + growth) for lr in self._each("lr_range_test_min_lr")]
+
+
+@dataclass(eq=False)
+class OneCycle(Schedule):
+    """Up and down between two rates, then decay; the first beta runs the other way round (arXiv 1803.09820)."""
+
+    cycle_min_lr: float
+    cycle_max_lr: float
+    decay_lr_rate: float = 0.0
+    cycle_first_step_size: int = 2000
+    cycle_second_step_size: int | None = None
+    cycle_first_stair_count: int = 0
+    cycle_second_stair_count: int | None = None
+    decay_step_size: int = 0
+    cycle_momentum: bool = True
+    cycle_min_mom: float = 0.8
+    cycle_max_mom: float = 0.9
+    decay_mom_rate: float = 0.0
+    last_batch_iteration: int = -1
+
+    def __post_init__(self) -> None:
+        size, stairs = self.cycle_second_step_size, self.cycle_second_stair_count
+        self._sizes = (self.cycle_first_step_size, self.cycle_first_step_size if size is None else size)
+        self._stairs = (self.cycle_first_stair_count, self.cycle_first_stair_count if stairs is None else stairs)
+        self.cycle_momentum = self.cycle_momentum and all("betas" in group for group in self.optimizer.param_groups)
+        super().__post_init__()
+
+    def _value(self, foot: float, peak: float, end: float, rate: float) -> tuple[float, float]:
+        """On the triangle and 1, or past it `end` and the decay's factor."""
+        total = sum(self._sizes)
+        past = self.last_batch_iteration - total
+        if past >= 0:
+            return end, 1 + rate * (past + 1) / self.decay_step_size if self.decay_step_size else 1.0
+        at = (self.last_batch_iteration + 1) % total
+        half, way = (0, at) if at <= self._sizes[0] else (1, total - at)
+        size, stairs = self._sizes[half], self._stairs[half]
+        return foot + (peak - foot) * (math.floor(way * stairs / size) / stairs if stairs else way / size), 1.0
+
+    def get_lr(self) -> list[float]:
+        lr, factor = self._value(self.cycle_min_lr, self.cycle_max_lr, self.cycle_min_lr, self.decay_lr_rate)
+        return [lr / factor] * len(self.optimizer.param_groups)
+
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """The betas of each group; None where momentum is not cycled (always so without betas)."""
+        beta, factor = self._value(self.cycle_max_mom, self.cycle_min_mom, self.cycle_max_mom, self.decay_mom_rate)
+        if self.last_batch_iteration < 0:  # until the first step DeepSpeed sets the lower end
+            beta = self.cycle_min_mom
+        return [(beta * factor, 0.99)] * len(self.optimizer.param_groups) if self.cycle_momentum else None
+
+    def _apply(self) -> None:
+        super()._apply()
+        for group, betas in zip(self.optimizer.param_groups, self.get_mom() or [], strict=False):
+            group["betas"] = betas
+
+
+@dataclass(eq=False)
+class _Warmup(Schedule):
+    def __post_init__(self) -> None:
+        self.warmup_num_steps: int
+        self.warmup_type: str
+        if self.warmup_num_steps <= 0 or self.warmup_num_steps % 1:
+            raise ConfigError(f"warmup_num_steps: must be a whole number above 0 (got {self.warmup_num_steps!r})")
+        if self.warmup_type not in ("log", "linear"):
+            raise ConfigError(f"warmup_type: must be 'log' or 'linear' (got {self.warmup_type!r})")
+        self.warmup_num_steps = max(2, self.warmup_num_steps)
+        super().__post_init__()
+
+    def _way(self) -> float:
+        """How far the rate stands above its minimum, 0 to 1."""
+        done, total = max(0, self.last_batch_iteration), self.warmup_num_steps
+        if done >= total:
+            return self._after(done)
+        return done / total if self.warmup_type == "linear" else math.log(done + 1) / math.log(total)
+
+    def _after(self, done: int) -> float:
+        return 1.0
+
+    def get_lr(self) -> list[float]:
+        pairs = zip(self._each("warmup_min_lr"), self._each("warmup_max_lr"), strict=True)
+        return [low + (high - low) * self._way() for low, high in pairs]
+
+
+@dataclass(eq=False)
+class WarmupLR(_Warmup):
+    """From ``warmup_min_lr`` to ``warmup_max_lr`` (None: the first group's rate, for all groups), then constant."""
+
+    warmup_min_lr: PerGroup = 0.0
+    warmup_max_lr: PerGroup | None = None
+    warmup_num_steps: int = 1000
+    warmup_type: Literal["log", "linear"] = "log"
+    last_batch_iteration: int = -1
+
+    def __post_init__(self) -> None:
+        if self.warmup_max_lr is None:
+            self.warmup_max_lr = self.get_last_lr()[0]
+        super().__post_init__()
+
+
+@dataclass(eq=False)
+class WarmupDecayLR(_Warmup):
+    """Warm up, then fall in a straight line, reaching ``warmup_min_lr`` at ``total_num_steps``."""
+
+    total_num_steps: int
+    warmup_min_lr: PerGroup = 0.0
+    warmup_max_lr: PerGroup = 0.001
+    warmup_num_steps: int = 1000
+    warmup_type: Literal["log", "linear"] = "log"
+    last_batch_iteration: int = -1
+
+    def _after(self, done: int) -> float:
+        return max(0.0, (self.total_num_steps - done) / max(1.0, self.total_num_steps - self.warmup_num_steps))
+
+
+@dataclass(eq=False)
+class WarmupCosineLR(_Warmup):
+    """Ratios of each group's own rate: from ``warmup_min_ratio`` to 1, then half a cosine down to ``cos_min_ratio``."""
+
+    total_num_steps: int
+    warmup_min_ratio: float = 0.0
+    warmup_num_steps: int = 1000
+    cos_min_ratio: float = 0.0001
+    warmup_type: Literal["log", "linear"] = "log"
+    last_batch_iteration: int = -1
+
+    def __post_init__(self) -> None:
+        self.org_lrs = self.get_last_lr()
+        super().__post_init__()
+
+    def _after(self, done: int) -> float:
+        progress = (done - self.warmup_num_steps + 1) / max(1, self.total_num_steps - self.warmup_num_steps)
+        return self.cos_min_ratio + (1 - self.cos_min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    def get_lr(self) -> list[float]:
+        done, ratio = self.last_batch_iteration, self._way()
+        if done < self.warmup_num_steps:  # the very first step is taken with zero, as in DeepSpeed
+            ratio = self.warmup_min_ratio + ratio * (1 - self.warmup_min_ratio) if done >= 0 else 0.0
+        return [lr * ratio for lr in self.org_lrs]
