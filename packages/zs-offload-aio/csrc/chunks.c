@@ -308,7 +308,8 @@ void zs_chunk_over(zs_engine *engine, zs_chunk *c, int error)
     pthread_mutex_lock(&engine->mutex);
     zs_op *op = c->op;
     zs_tuner *tuner = op->file->tuners[c->direction];
-    int saturated = engine->ready_first[c->direction] != NULL && c->nbytes * 2 >= zs_tuner_chunk(engine, tuner);
+    int64_t large = least(zs_tuner_chunk(engine, tuner), ZS_BOUNCE_NBYTES); /* a bounced chunk is no larger */
+    int saturated = engine->ready_first[c->direction] != NULL && c->nbytes * 2 >= large;
     engine->stats.transfers++;
     engine->progress = zs_now();
     engine->in_flight--;

@@ -206,8 +206,12 @@ int zs_file_make(zs_engine *engine, int fd, const char *path, int flags, int per
         snprintf(file->reason, sizeof file->reason, "the plain backend uses the page cache");
     else
         open_direct(file, flags | O_CLOEXEC);
-    if (file->direct_fd < 0)
+    if (file->direct_fd < 0) {
         file->offset_align = file->memory_align = 1;
+        size_t used = strlen(file->reason);
+        if (engine->backend == ZS_LIBAIO) /* which is asynchronous for direct I/O only */
+            snprintf(file->reason + used, sizeof file->reason - used, "; carried by pread and pwrite");
+    }
     int64_t page = sysconf(_SC_PAGESIZE);
     file->page = file->offset_align > page ? file->offset_align : page;
     if (file->page % file->offset_align) /* never seen; then neither is a border of the other */

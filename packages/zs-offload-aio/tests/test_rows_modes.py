@@ -63,7 +63,7 @@ def test_dev_full(engine: Engine) -> None:
 @pytest.mark.row(8)
 def test_direct_not_wanted(engine: Engine, tmp_path: Path) -> None:
     with engine.open(tmp_path / "file", "x", direct=False) as file:
-        assert file.mode == "buffered" and file.reason == "asked for"
+        assert file.mode == "buffered" and file.reason.startswith("asked for")
 
 
 # ---- row 9 ----
