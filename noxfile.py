@@ -178,8 +178,9 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/run.py", *arguments, env={"PYTHONPATH": None})
 
 
-# The checkout stays out of sys.path, whatever the caller's environment says.
-_ISOLATED: dict[str, str | None] = {"PYTHONPATH": None, "PYTHONSAFEPATH": "1"}
+# The checkout stays out of sys.path, whatever the caller's environment says. One thread for torch: its threads do not
+# survive a fork, and the suite forks; and on two cores several would wait for each other at every small operation.
+_ISOLATED: dict[str, str | None] = {"PYTHONPATH": None, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _install(

@@ -198,9 +198,10 @@ def test_two_processes_save_at_once(tmp_path: Path, tag: str, keep: int | None) 
     for thread in threads:
         thread.join()
     assert len(answers) == 2
-    assert all(answer["saved"] > 0 for answer in answers)
+    assert all(answer["saved"] + answer["busy"] == 20 for answer in answers)
     if keep:
         assert all(answer["busy"] == 0 for answer in answers)
+    assert any(answer["saved"] > 0 for answer in answers)  # who comes while the other saves may be refused each time
     load_one(tmp_path)
     save_one(tmp_path, 4000, tag.format(step=4000), keep=keep)
     assert load_one(tmp_path) == 4000

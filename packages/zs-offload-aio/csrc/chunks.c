@@ -34,7 +34,8 @@ static void cut(zs_engine *engine, zs_op *op, zs_chunk *c)
 
     c->direct = file->direct_fd >= 0;
     c->bounced = 0;
-    if (c->direct && position % align == 0 && here >= align && (uintptr_t)address % (uintptr_t)file->memory_align == 0) {
+    int fits = (uintptr_t)address % (uintptr_t)file->memory_align == 0;
+    if (c->direct && position % align == 0 && here >= align && fits) {
         c->nbytes = down(least(most, here), align);
         if (!c->nbytes)
             c->nbytes = align;
@@ -276,7 +277,7 @@ int zs_advance(zs_engine *engine, zs_chunk *c, int64_t result)
                 usleep(1000); /* the kernel is short of something: do not spin */
             return 1;
         }
-    } else if (error == EINVAL && c->direct) { /* this file system refuses now what it promised: the page cache takes it */
+    } else if (error == EINVAL && c->direct) { /* refused now what was promised: the page cache takes it */
         to_buffered(c);
         count(engine, &engine->stats.downgraded);
         return 1;

@@ -177,6 +177,7 @@ int zs_threads_start(zs_engine *engine, int count, char *reason, size_t size);
 int zs_pump_start(zs_engine *engine, void *(*pump)(void *), char *reason, size_t size); /* waits until it says so */
 void zs_pump_says(zs_engine *engine, int error, const char *what); /* the pump: started, or why not */
 void zs_wake(zs_engine *engine);          /* mutex held: there is something to do */
+int zs_scratch(void);                     /* an empty file without a name, or -1 */
 void zs_pump_sleeps(zs_engine *engine);   /* mutex held: about to wait; a submission must wake it */
 int zs_spawn(pthread_t *thread, void *(*run)(void *), void *argument); /* with every signal blocked */
 void zs_backend_close(zs_engine *engine);

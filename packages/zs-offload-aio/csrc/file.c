@@ -32,7 +32,8 @@ static int kernel_states_alignment(void)
 {
     struct utsname name;
     int major = 0, minor = 0;
-    return uname(&name) == 0 && sscanf(name.release, "%d.%d", &major, &minor) == 2 && (major > 6 || (major == 6 && minor >= 1));
+    return uname(&name) == 0 && sscanf(name.release, "%d.%d", &major, &minor) == 2 &&
+           (major > 6 || (major == 6 && minor >= 1));
 }
 
 /* 0 and the alignments, or why this file is not for direct I/O. */
@@ -80,7 +81,8 @@ static void open_direct(zs_file *file, int flags)
     if (file->direct_fd < 0 && errno == ENOENT) { /* no /proc */
         struct stat a, b;
         file->direct_fd = open(file->path, again);
-        if (file->direct_fd >= 0 && (fstat(file->fd, &a) || fstat(file->direct_fd, &b) || a.st_dev != b.st_dev || a.st_ino != b.st_ino)) {
+        if (file->direct_fd >= 0 && (fstat(file->fd, &a) || fstat(file->direct_fd, &b) || a.st_dev != b.st_dev ||
+                                     a.st_ino != b.st_ino)) {
             close(file->direct_fd);
             file->direct_fd = -1;
             errno = ESTALE;
@@ -149,7 +151,8 @@ void zs_file_unref(zs_file *file)
 static int open_first(zs_file *file, int fd, int flags, int permissions, struct stat *s)
 {
     do /* not to be held up by a pipe that nobody writes to */
-        file->fd = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : open(file->path, flags | O_CLOEXEC | O_NONBLOCK, permissions);
+        file->fd = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0)
+                           : open(file->path, flags | O_CLOEXEC | O_NONBLOCK, permissions);
     while (file->fd < 0 && errno == EINTR);
     if (file->fd < 0)
         return -errno;

@@ -42,7 +42,8 @@ typedef struct {
 static void push(zs_engine *engine, queue *q, zs_chunk *c)
 {
     request *r = &q->requests[c - engine->slots];
-    *r = (request){.data = (uint64_t)(c - engine->slots), .fd = (uint32_t)c->fd, .address = (uint64_t)(uintptr_t)c->io_address,
+    *r = (request){.data = (uint64_t)(c - engine->slots), .fd = (uint32_t)c->fd,
+                   .address = (uint64_t)(uintptr_t)c->io_address,
                    .opcode = c->direction == ZS_READ ? COMMAND_READ : COMMAND_WRITE,
                    .nbytes = (uint64_t)c->io_nbytes, .offset = c->io_offset, .flags = FLAG_EVENT_FD,
                    .event_fd = (uint32_t)engine->wake_fd};
@@ -106,12 +107,32 @@ static void reap(zs_engine *engine, queue *q)
     } while (n == 64);
 }
 
+/* A read of an empty file, submitted and answered: a filter of system calls may let the setup pass and nothing else. */
+static int try_it(queue *q)
+{
+    char byte;
+    int fd = zs_scratch();
+    request read = {.opcode = COMMAND_READ, .fd = (uint32_t)fd, .address = (uint64_t)(uintptr_t)&byte, .nbytes = 1};
+    request *list = &read;
+    event answer = {0};
+    long taken = fd < 0 ? -1 : syscall(__NR_io_submit, q->context, 1L, &list);
+    if (taken == 1)
+        taken = syscall(__NR_io_getevents, q->context, 1L, 1L, &answer, NULL);
+    int error = taken != 1 ? (errno ? -errno : -EIO) : answer.result < 0 ? (int)answer.result : 0;
+    if (fd >= 0)
+        close(fd);
+    return error;
+}
+
 static void *pump(void *argument)
 {
     zs_engine *engine = argument;
     queue *q = calloc(1, sizeof *q);
+    const char *what = "io_setup";
     int error = !q ? -ENOMEM : syscall(__NR_io_setup, (long)ZS_SLOTS, &q->context) ? -errno : 0;
-    zs_pump_says(engine, error, "io_setup");
+    if (!error && (error = try_it(q)))
+        what = "io_submit";
+    zs_pump_says(engine, error, what);
     while (!error) {
         zs_chunk *c;
         pthread_mutex_lock(&engine->mutex);

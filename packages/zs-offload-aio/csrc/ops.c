@@ -208,7 +208,7 @@ int zs_op_wait(zs_op *op, double timeout_s)
 
 void zs_op_status(zs_op *op, zs_op_status_t *status)
 {
-    int locked = !zs_is_foreign(op->engine) && !pthread_mutex_lock(&op->engine->mutex); /* after a fork: held for ever? */
+    int locked = !zs_is_foreign(op->engine) && !pthread_mutex_lock(&op->engine->mutex); /* a child's: for ever? */
     *status = (zs_op_status_t){op->state, op->error, op->nbytes, op->done, op->offset, op->error_offset,
                                op->error_nbytes, op->chunks};
     if (locked)
