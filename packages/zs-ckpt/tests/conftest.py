@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
-
-import torch  # noqa: E402
-
 torch.set_num_threads(1)  # its threads do not survive a fork, and these tests fork
