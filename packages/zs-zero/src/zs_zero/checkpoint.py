@@ -117,7 +117,7 @@ class ModelState:
 
     def begin(self) -> None:
         """The places are about to be filled: until `finish`, values are part old, part new."""
-        self._torn, self._optimizer.torn = self._optimizer.torn, True
+        self._optimizer.torn = True
 
     @torch.no_grad()
     def finish(self, objects: Mapping[str, Any]) -> None:
@@ -130,7 +130,8 @@ class ModelState:
         for name, module in _with_extra_state(self._runtime.model):
             if name in extra:
                 module.set_extra_state(extra[name])
-        self._optimizer.torn = self._torn
+        if not self._torn:  # else it stays so, unless the optimizer's own state is loaded as well
+            self._optimizer.torn = False
 
     def _match(
         self, saved: Mapping[str, TensorSpec], tied: Mapping[str, str], without: Collection[str]

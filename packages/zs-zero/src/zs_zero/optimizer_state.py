@@ -189,7 +189,8 @@ class OptimizerState:
 
     def begin(self) -> None:
         """The places are about to be filled: until `finish`, states are part old, part new."""
-        self._optimizer.torn = True
+        if self._client is not None:
+            self._optimizer.torn = True
 
     @torch.no_grad()
     def finish(self, objects: Mapping[str, Any]) -> None:
