@@ -1,7 +1,7 @@
 /* Stress of the engine from C alone, for the thread sanitizer; of use under the address sanitizer as well.
  *
  *   gcc -std=gnu11 -g -O1 -fsanitize=thread -pthread -I../../csrc stress.c \
- *       ../../csrc/{engine,ops,file,chunks,tuner,pump,uring,libaio,threads}.c -o stress
+ *       ../../csrc/{engine,ops,file,durable,chunks,tuner,pump,uring,libaio,threads}.c -o stress
  *   ./stress FOLDER [ROUNDS] [BACKEND...]        all four backends where none is named; 0: everything held
  *
  * ordered   one thread, overlapping reads and writes in flight; each read must see the writes submitted before it
