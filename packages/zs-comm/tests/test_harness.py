@@ -219,6 +219,25 @@ def test_from_a_script(tmp_path: Path) -> None:
     assert done.stdout == "[0, 1]\n", done.stderr
 
 
+def test_a_long_temporary_folder(tmp_path: Path) -> None:
+    """As nox makes them, below the name of a session: longer than the path of a socket may be."""
+    import subprocess
+
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_harness as t; t.print_places()"
+    environ = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[(0, 2), (1, 2)]\n", done.stderr
+    assert not list(folder.glob("zs-ranks-*"))
+
+
+def print_places() -> None:
+    print(run_ranks(place, 2))
+
+
 def build_optimizer(group: Group) -> float:
     started = time.monotonic()
     torch.optim.AdamW(nn.Linear(2, 2).parameters())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from zs_comm.testing._rank import RankTask, Report, WarningFilter, rank_main
 from zs_comm.testing._transfer import FunctionRef
 
 _DUMP_S = 0.5  # how long the ranks get to write their stacks before they are killed
+_SOCKET_FOLDER_LENGTH = 72  # bytes: a socket's whole path holds 107 on Linux, 103 on macOS; its own names take 31
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,7 @@ def _rank_server() -> Iterator[multiprocessing.context.ForkServerContext]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zs_comm.testing._preload"])
     main, threads = sys.modules["__main__"], os.environ.get("OMP_NUM_THREADS")
+    _shorten_socket_paths()
     sys.modules["__main__"] = ModuleType("__main__")
     os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP reads it when torch is imported, which is in the server
     try:
@@ -323,3 +326,17 @@ def _rank_server() -> Iterator[multiprocessing.context.ForkServerContext]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = threads
+
+
+def _shorten_socket_paths() -> None:
+    """Where TMPDIR is a long path (nox, build systems), multiprocessing's own folder lies in /tmp all the same.
+
+    It is made once per process; the server listens on a socket in it, whose path the system bounds.
+    """
+    if os.name != "posix" or len(os.fsencode(tempfile.gettempdir())) <= _SOCKET_FOLDER_LENGTH:
+        return
+    usual, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
