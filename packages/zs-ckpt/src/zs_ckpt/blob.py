@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
@@ -125,19 +126,25 @@ def _factory(io: str) -> Any:
     """What makes aio's writer and reader; None for threads."""
     if check_mode(io) == "threads":
         return None
-    found = [point for point in importlib.metadata.entry_points(group=GROUP) if point.name == "aio"]
-    if not found:
+    found = _provider(tuple(sys.path), importlib.metadata.entry_points)
+    if found is None:
         if io == "aio":
             raise MissingPackage("io='aio'", "zs-offload-aio", "pip install 'zs-ckpt[aio]'")
         _say_threads()
         return None
     try:
-        return found[0].load()
+        return found.load()
     except Exception as error:
         if io == "aio":
             raise
         _log.warning("checkpoints are written by threads: zs-offload-aio does not load: %s", error)
         return None
+
+
+@functools.lru_cache(maxsize=1)  # a search of the whole environment, for every save and load
+def _provider(path: tuple[str, ...], entry_points: Callable[..., Any]) -> Any:
+    """The entry point `aio`; None where no package on `path` declares it."""
+    return next((point for point in entry_points(group=GROUP) if point.name == "aio"), None)
 
 
 def _checked(made: Any, protocol: type) -> Any:

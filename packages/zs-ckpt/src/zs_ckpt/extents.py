@@ -7,11 +7,10 @@ the target where the extents lie there as they lie in the file, and through a bu
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .boxes import Box, boxes_of_range, intersect, numel, shape_of
@@ -164,9 +163,3 @@ def _moved(box: Box, within: Box) -> Box:
 
 def _slices(inner: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(inner, outer, strict=True))
-
-
-def new_buffer(reads: Sequence[Read]) -> Tensor:
-    """A buffer for the largest of these that needs one."""
-    nbytes = max((read.nbytes for read in reads if read.into is None), default=0)
-    return torch.empty(nbytes, dtype=torch.uint8)

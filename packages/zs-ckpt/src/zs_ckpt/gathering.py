@@ -45,7 +45,9 @@ def gather(state: Mapping[str, Any], group: Group, *, client_state: Any = None, 
     content.client_state = _encoded(client_state, "client_state")
     for name, piece, box, (start, stop) in parts_of(pieces, group.size):
         spec = TensorSpec(name, tuple(piece.spec.shape), piece.spec.dtype)
-        data = piece.data.detach().reshape(-1)[start:stop]
+        data = piece.data.detach().reshape(-1)
+        if (start, stop) != (0, data.numel()):
+            data = data[start:stop]
         content.parts.append(Part(spec, box, data, group.rank if piece.scope == "rank" else None))
     return content
 

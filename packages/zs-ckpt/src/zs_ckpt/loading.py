@@ -13,6 +13,7 @@ from torch import Tensor
 from zs_comm import ConfigError, Group, agree
 
 from .boxes import numel
+from .collector import paused
 from .errors import CheckpointIncomplete
 from .extents import Target
 from .jsonvalues import decode
@@ -182,8 +183,9 @@ def _agreed(
         error: Exception | None = None
         word = "again"
         try:
-            snapshot = Snapshot(path, tag, io=io)
-            plan = _plan(snapshot, state, world, strict)
+            with paused():
+                snapshot = Snapshot(path, tag, io=io)
+                plan = _plan(snapshot, state, world, strict)
             word = snapshot.digest
             snapshot.open(piece.file for target in plan.targets for piece in target.stored.pieces)
         except CheckpointIncomplete as failed:

@@ -27,6 +27,9 @@ _OURS = re.compile(r"[0-9a-f]{8}-[0-9]{5,7}\.(?:safetensors|index\.json|error\.j
 _RANK = re.compile(r"rank[0-9]+")
 _TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{8}")
 
+_NO_NAME = re.compile(r"\A[/\\]|[\x00-\x1f\x7f]")
+_DOTS = re.compile(r"(?:\A|[/\\])\.\.?(?:[/\\]|\Z)")
+
 
 def check_tag(tag: str) -> str:
     """`tag`, which can be the name of a folder on every file system.
@@ -70,9 +73,9 @@ def name_problem(name: str) -> str:
         return f"has more than {_MOST_NAME_NBYTES} bytes, or no UTF-8 form"
     if name == "__metadata__":
         return "is what a safetensors file calls its metadata"
-    if name.startswith(("/", "\\")) or any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if _NO_NAME.search(name):
         return "begins with a separator, or has a control character in it"
-    if any(part in (".", "..") for part in re.split(r"[/\\]", name)):
+    if _DOTS.search(name):
         return "has a part '.' or '..'"
     return ""
 

@@ -40,6 +40,8 @@ def clean(folder: Path) -> None:
     Data that no manifest names stays where there is doubt about the manifest: it is damaged, or a save failed when it
     was in place already, so that it may not be there any more after a crash.
     """
+    if (folder / MANIFEST).exists() and not _has_leftovers(folder):
+        return  # without a look into a manifest that may be long: somebody waits for this
     entries, keep = [entry for entry in os.listdir(folder) if is_ours(entry)], set[str]()
     doubt = any(entry.endswith(".error.json") for entry in entries)
     if (folder / MANIFEST).exists():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from zs_comm import ConfigError, Group, as_group
 
 from .blob import BlobWriter, check_mode, open_writer
+from .collector import paused
 from .commit import Commit
 from .durable import make_folder, put_in_place, remove, sync_folder
 from .errors import CheckpointIncomplete
@@ -152,7 +153,8 @@ def begin(
     if error is None:
         try:
             check_tag(tag)
-            content = gather(state, group, client_state=client_state, step=step)
+            with paused():
+                content = gather(state, group, client_state=client_state, step=step)
             if group.rank == 0:
                 make_folder(root)
                 check_case(root, tag)
@@ -218,9 +220,10 @@ def finish(started: Started, index: Index, keep: int | None) -> None:
         commit.wait_committed()
         return
     indexes = commit.indexes(index)
-    manifest = merge(
-        indexes, tag=commit.tag, serial=started.serial, step=started.content.step, file=commit.manifest_path
-    )
+    with paused():
+        manifest = merge(
+            indexes, tag=commit.tag, serial=started.serial, step=started.content.step, file=commit.manifest_path
+        )
     commit.commit(manifest, latest=started.latest)
     try:
         collect(commit.folder, set(manifest.files))

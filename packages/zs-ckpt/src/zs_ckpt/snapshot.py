@@ -6,18 +6,20 @@ import errno
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blob import BlobReader, open_reader, wait_for
+from .blob import BlobReader, Ticket, open_reader, wait_for
 from .boxes import Box, shape_of, whole
+from .collector import paused
 from .errors import CheckpointCorrupt, CheckpointIncomplete
-from .extents import Read, Target, new_buffer, reads_of
+from .extents import Read, Target, reads_of
 from .files import FileReader, read_into
 from .hostcopy import wait_for_devices
 from .jsonvalues import decode
@@ -29,6 +31,9 @@ from .threads import in_threads
 from .views import bytes_of
 
 _THREADS = 4
+_THREADS_THAT_WAIT = 8  # where a read is done by the thread that asks for it
+_AHEAD_NBYTES, _MOST_AHEAD = 8 << 20, 16  # of one thread: under way while it waits for another
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _INLINE_NBYTES = 1 << 20  # below it threads cost more than they give
 _MOST_OPEN = 256  # files that are kept open; further ones are opened for each read
 
@@ -37,7 +42,7 @@ class Snapshot:
     """A committed checkpoint, as it was when it was opened.
 
     `tag`: None takes the newest. `nbytes_read` counts the bytes of tensors that were read from files. Reading takes
-    memory for what is asked for, and 8 MiB for each of four threads.
+    memory for what is asked for, and up to 24 MiB for each of four threads where it does not go straight to its place.
 
     Raises:
         CheckpointIncomplete: there is no such checkpoint, or nothing committed in the folder.
@@ -114,73 +119,72 @@ class Snapshot:
             OSError: a file cannot be read; it is named.
         """
         self.open(piece.file for target in targets for piece in target.stored.pieces)
-        reads = [read for target in targets for read in reads_of(target)]
+        with paused():
+            reads = [read for target in targets for read in reads_of(target)]
         wait_for_devices(target.data for target in targets)
         self.each(reads, self._place)
         self.nbytes_read += sum(read.nbytes for read in reads)
 
     def each(self, reads: Sequence[Read], then: Callable[[Read, memoryview, Tensor], None]) -> None:
         """Read each of these and call `then(read, bytes, buffer)`, in several threads where it is worth it."""
+        nbytes = max((read.nbytes for read in reads if read.into is None), default=0)
+        stop = threading.Event()
         if sum(read.nbytes for read in reads) <= _INLINE_NBYTES or len(reads) < 2:
-            self._work(iter(reads), new_buffer(reads), threading.Event(), then)
+            _Reading(self, iter(reads), then, nbytes, stop).run()
             return
-        source, stop = _Shared(iter(reads)), threading.Event()
-        count = min(_THREADS, len(reads))
-        in_threads(lambda: self._work(source, new_buffer(reads), stop, then), count, "zs-ckpt read")
-
-    def _work(
-        self,
-        reads: Iterator[Read],
-        buffer: Tensor,
-        stop: threading.Event,
-        then: Callable[[Read, memoryview, Tensor], None],
-    ) -> None:
-        memory = bytes_of(buffer)
-        for read in reads:
-            if stop.is_set():
-                return
-            try:
-                view = memory[: read.nbytes] if read.into is None else read.into
-                self._read(read, view)
-                then(read, view, buffer)
-            except BaseException:
-                stop.set()
-                raise
+        source = _Shared(iter(reads))
+        threads = _THREADS if self._reader is not None else _THREADS_THAT_WAIT
+        in_threads(lambda: _Reading(self, source, then, nbytes, stop).run(), min(threads, len(reads)), "zs-ckpt read")
 
     def _place(self, read: Read, view: memoryview, buffer: Tensor) -> None:
         read.verify(view, self.folder / read.piece.file)
         if read.into is None:
             read.place(buffer)
 
-    def _read(self, read: Read, view: memoryview) -> None:
+    def _start(self, read: Read, view: memoryview) -> Callable[[], None]:
+        """Start to fill `view` with a read's bytes; what waits for that, and raises what went wrong."""
         name = read.piece.file
         path = self.folder / name
         offset = self.manifest.files[name].data_offset + read.piece.offset + read.offset
-        with self._opened(name) as fd:
-            try:
-                if self._reader is None:
-                    read_into(fd, offset, view)
-                else:
-                    wait_for(self._reader.read(_path_of(fd, path), offset, view))
-            except OSError as error:
-                if os.fstat(fd).st_size < offset + view.nbytes or error.errno == errno.ENODATA:
-                    raise CheckpointCorrupt(
-                        f"it ends before byte {offset + view.nbytes}: {error}", path, read.target.spec.name
-                    ) from error
-                error.filename = str(path)
-                raise
+        kept = self._fds.get(name)
+        fd = open_file(path) if kept is None else kept
 
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[int]:
-        fd = self._fds.get(name)
-        if fd is not None:
-            yield fd
-            return
-        fd = open_file(self.folder / name)
+        def close() -> None:
+            if kept is None:
+                os.close(fd)
+
+        def failed(error: OSError) -> Exception:
+            if os.fstat(fd).st_size < offset + view.nbytes or error.errno == errno.ENODATA:
+                message = f"it ends before byte {offset + view.nbytes}: {error}"
+                return CheckpointCorrupt(message, path, read.target.spec.name)
+            error.filename = str(path)
+            return error
+
         try:
-            yield fd
-        finally:
-            os.close(fd)
+            if self._reader is None:
+                read_into(fd, offset, view)
+                ticket: Ticket | None = None
+            else:
+                ticket = self._reader.read(_path_of(fd, path), offset, view)
+        except OSError as error:
+            try:
+                raise failed(error) from error
+            finally:
+                close()
+        except BaseException:
+            close()
+            raise
+
+        def wait() -> None:
+            try:
+                if ticket is not None:
+                    wait_for(ticket)
+            except OSError as error:
+                raise failed(error) from error
+            finally:
+                close()
+
+        return wait
 
     def _check(self, name: str) -> int:
         path, entry = self.folder / name, self.manifest.files[name]
@@ -218,6 +222,59 @@ class Snapshot:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Reading:
+    """One thread's reads: several are under way while the oldest is waited for and handed on."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        reads: Iterator[Read],
+        then: Callable[[Read, memoryview, Tensor], None],
+        buffer_nbytes: int,
+        stop: threading.Event,
+    ) -> None:
+        self._snapshot, self._reads, self._then, self._stop = snapshot, reads, then, stop
+        self._buffer_nbytes = buffer_nbytes
+        self._spare: list[Tensor] = []
+        self._started: deque[tuple[Read, memoryview, Tensor, Callable[[], None]]] = deque()
+        self._ahead = 0  # bytes
+
+    def run(self) -> None:
+        try:
+            for read in self._reads:
+                if self._stop.is_set():
+                    return
+                self._start(read)
+                while self._ahead > _AHEAD_NBYTES or len(self._started) > _MOST_AHEAD:
+                    self._finish()
+            while self._started:
+                self._finish()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            for *_, wait in self._started:  # they write to memory that is the caller's again
+                with suppress(Exception):
+                    wait()
+
+    def _start(self, read: Read) -> None:
+        if read.into is None:
+            buffer = self._spare.pop() if self._spare else torch.empty(self._buffer_nbytes, dtype=torch.uint8)
+            view = bytes_of(buffer)[: read.nbytes]
+        else:
+            buffer, view = _NOTHING, read.into
+        self._started.append((read, view, buffer, self._snapshot._start(read, view)))
+        self._ahead += read.nbytes
+
+    def _finish(self) -> None:
+        read, view, buffer, wait = self._started.popleft()
+        self._ahead -= read.nbytes
+        wait()
+        self._then(read, view, buffer)
+        if read.into is None:
+            self._spare.append(buffer)
 
 
 class _Shared:

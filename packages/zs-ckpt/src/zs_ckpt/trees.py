@@ -6,6 +6,7 @@ their containers; an empty dictionary is filled with everything that was saved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -31,12 +32,12 @@ class Tree:
         self._made: list[tuple[Keys, Tensor]] = []
 
     def pieces(self) -> Iterator[Piece]:
-        for name, (_, tensor) in self._tensors().items():
+        for name, (_, tensor) in self._tensors.items():
             yield from self._pieces(name, tensor, Tensor.contiguous)
 
     def objects(self) -> Mapping[str, Any]:
-        leaves = [[list(keys), leaf] for keys, leaf in _leaves(self._value, ()) if not isinstance(leaf, Tensor)]
-        paths = {name: list(keys) for name, (keys, _) in self._tensors().items()}
+        leaves = [[list(keys), leaf] for keys, leaf in self._leaves if not isinstance(leaf, Tensor)]
+        paths = {name: list(keys) for name, (keys, _) in self._tensors.items()}
         return {"leaves": leaves, "paths": paths}
 
     def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece]:
@@ -47,7 +48,7 @@ class Tree:
                 self._made.append((tuple(objects["paths"].get(name, [name])), tensor))
                 yield Piece(spec, whole(spec.shape), tensor)
             return
-        mine = {name: tensor for name, (_, tensor) in self._tensors().items()}
+        mine = {name: tensor for name, (_, tensor) in self._tensors.items()}
         self._check(mine, saved)
         for name in mine:
             if name in saved:
@@ -65,9 +66,14 @@ class Tree:
                 _set(self._value, tuple(keys), leaf, make=fill)
         self._after, self._made = [], []
 
+    @functools.cached_property
+    def _leaves(self) -> list[tuple[Keys, Any]]:
+        return list(_leaves(self._value, ()))
+
+    @functools.cached_property
     def _tensors(self) -> dict[str, tuple[Keys, Tensor]]:
         found: dict[str, tuple[Keys, Tensor]] = {}
-        for keys, leaf in _leaves(self._value, ()):
+        for keys, leaf in self._leaves:
             if isinstance(leaf, Tensor):
                 name = "/".join(str(key) for key in keys)
                 if name in found:
@@ -103,7 +109,9 @@ class Tree:
 
 
 def _leaves(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _leaves(item, (*keys, key))
     elif isinstance(value, list | tuple) and any(_has_tensor(item) for item in value):
