@@ -133,8 +133,10 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.equal(zs_ckpt.read(tmp_path / "back", tag="t")["model/weight"], torch.full((3, 4), 2.0))
 
 
-def test_import_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = ran(capsys, "import-deepspeed", FIXTURES / "zero3_bf16", tmp_path / "ours")
+def test_import_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code, out, err = ran(capsys, "import-deepspeed", FIXTURES / "zero3_bf16", tmp_path / "ours")
+    assert "import [" in err and "100 % of" in err
     assert code == 0 and out.startswith(str(tmp_path / "ours" / "global_step3"))
     assert zs_ckpt.read(tmp_path / "ours")["model/embed.weight"].dtype == torch.float32
     assert ran(capsys, "verify", tmp_path / "ours")[0] == 0

@@ -348,3 +348,36 @@ def test_what_is_newest(tmp_path):
     with pytest.raises(CheckpointCorrupt) as caught:
         read(tmp_path)
     assert caught.value.file == str(tmp_path / "d" / "manifest.json")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_progress_of_a_save_ends_at_all(asynchronous, tmp_path):
+    state, seen = {"x": {str(size): torch.ones(size) for size in (3, 5, 0)}}, []
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, asynchronous=asynchronous, progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(12, 32), (32, 32), (32, 32)]
+
+
+def test_a_large_state_is_copied_as_it_is(tmp_path):
+    """Beyond 64 MiB by two threads; what is saved is what was there at the call."""
+    generator = torch.Generator().manual_seed(0)
+    state = {str(size): torch.randn(size, generator=generator) for size in (17, 9 << 20, 1, 0, (9 << 20) + 3)}
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save({"x": state}, asynchronous=True)
+        for tensor in state.values():
+            tensor.zero_()
+    found = read(tmp_path)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[f"x/{name}"], tensor, rtol=0, atol=0)
+
+
+def test_reads_through_buffers_are_ahead_of_one_another(tmp_path):
+    """Columns of a large tensor: every read goes through a buffer, and buffers are used again."""
+    wide = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(1))
+    save(tmp_path, {"x": {"wide": wide}})
+    for io in ("auto", "threads"):
+        with Snapshot(tmp_path, io=io) as snapshot:
+            for start, stop in ((0, 1), (7, 2000), (2000, 4096)):
+                part = snapshot.read("x/wide", ((0, 4096), (start, stop)))
+                torch.testing.assert_close(part, wide[:, start:stop], rtol=0, atol=0)

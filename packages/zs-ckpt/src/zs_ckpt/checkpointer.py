@@ -15,6 +15,7 @@ from .background import Pending
 from .commit import STALL_S
 from .hostcopy import HostBuffer
 from .saving import Saved, Started
+from .staging import Progress
 
 if TYPE_CHECKING:
     from zs_comm.group import GroupLike
@@ -61,6 +62,7 @@ class Checkpointer:
         step: int | None = ...,
         asynchronous: Literal[False] = ...,
         latest: bool = ...,
+        progress: Progress | None = ...,
     ) -> Saved: ...
 
     @overload
@@ -73,6 +75,7 @@ class Checkpointer:
         step: int | None = ...,
         asynchronous: bool,
         latest: bool = ...,
+        progress: Progress | None = ...,
     ) -> Saved | Pending: ...
 
     def save(
@@ -84,6 +87,7 @@ class Checkpointer:
         step: int | None = None,
         asynchronous: bool = False,
         latest: bool = True,
+        progress: Progress | None = None,
     ) -> Saved | Pending:
         """Save `state` under `tag`; see `zs_ckpt.save`.
 
@@ -103,6 +107,7 @@ class Checkpointer:
             asynchronous=asynchronous,
             latest=latest,
             stall_s=self._stall_s,
+            progress=progress,
             error=error,
         )
         return self._in_background(started) if asynchronous else self._now(started)

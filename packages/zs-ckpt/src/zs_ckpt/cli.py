@@ -165,7 +165,9 @@ def _export(options: Any) -> int:
 def _import_deepspeed(options: Any) -> int:
     from .importing import import_deepspeed
 
-    saved = import_deepspeed(options.source, options.path, source_tag=options.source_tag, tag=options.tag)
+    tags = {"source_tag": options.source_tag, "tag": options.tag}
+    with reports.Bar("import") as bar:
+        saved = import_deepspeed(options.source, options.path, **tags, progress=bar)
     print(f"{saved.path}: {reports.size(saved.nbytes)}")
     return 0
 
@@ -173,7 +175,8 @@ def _import_deepspeed(options: Any) -> int:
 def _import_dcp(options: Any) -> int:
     from .dcp import import_dcp
 
-    saved = import_dcp(options.source, options.path, tag=options.tag)
+    with reports.Bar("import") as bar:
+        saved = import_dcp(options.source, options.path, tag=options.tag, progress=bar)
     print(f"{saved.path}: {reports.size(saved.nbytes)}")
     return 0
 

@@ -26,6 +26,7 @@ from .errors import CheckpointCorrupt, CheckpointIncomplete
 from .saving import Saved, save
 from .shardable import PROTOCOL, Piece, TensorSpec
 from .snapshot import Snapshot
+from .staging import Progress
 from .unpickler import Record, read_bare_pickle, read_pickled
 
 Path_ = tuple[Any, ...]  # of an item in the dictionaries that were saved
@@ -37,8 +38,16 @@ _CLASSES = frozenset(
 )  # fmt: skip
 
 
-def import_dcp(source: str | os.PathLike[str], path: str | os.PathLike[str], *, tag: str | None = None) -> Saved:
+def import_dcp(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    progress: Progress | None = None,
+) -> Saved:
     """Save what the DCP folder `source` holds in the folder `path`. One process does it, whoever wrote `source`.
+
+    `progress`: called with the bytes read so far and the bytes in all.
 
     Raises:
         CheckpointIncomplete: there is no `.metadata`, or a file is missing.
@@ -46,7 +55,7 @@ def import_dcp(source: str | os.PathLike[str], path: str | os.PathLike[str], *, 
         PickleRefused: a file asks for more than data.
         ConfigError: compressed items, or DCP's safetensors format.
     """
-    return save(path, read_dcp(source), tag=tag)
+    return save(path, read_dcp(source), tag=tag, progress=progress)
 
 
 def read_dcp(source: str | os.PathLike[str]) -> dict[str, _Saved]:

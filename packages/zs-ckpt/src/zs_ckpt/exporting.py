@@ -32,8 +32,8 @@ from .views import bytes_of
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
+from .staging import Progress
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16,

@@ -15,6 +15,7 @@ from .deepspeed import DeepSpeedCheckpoint, open_deepspeed
 from .partitions import Whole
 from .saving import Saved, save
 from .shardable import PROTOCOL, Piece, TensorSpec
+from .staging import Progress
 
 
 def import_deepspeed(
@@ -23,6 +24,7 @@ def import_deepspeed(
     *,
     source_tag: str | None = None,
     tag: str | None = None,
+    progress: Progress | None = None,
 ) -> Saved:
     """Read DeepSpeed's checkpoint under `source` and save it in the folder `path`. One process does it.
 
@@ -31,6 +33,7 @@ def import_deepspeed(
     Args:
         source_tag: None takes what DeepSpeed's `latest` names.
         tag: None takes DeepSpeed's.
+        progress: called with the bytes read so far and the bytes in all.
 
     Raises:
         CheckpointIncomplete, CheckpointCorrupt, PickleRefused, ConfigError: as `open_deepspeed`.
@@ -43,6 +46,7 @@ def import_deepspeed(
         tag=found.folder.name if tag is None else tag,
         client_state=found.client_state,
         step=found.counters.get("global_steps"),
+        progress=progress,
     )
 
 

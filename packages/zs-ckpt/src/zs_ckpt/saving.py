@@ -27,7 +27,7 @@ from .names import DEFAULT_TAG, check_case, check_tag, temporary
 from .ranks import meet
 from .retention import clean, collect, collect_leftovers, prune
 from .shardfile import Layout, lay_out, stored_piece
-from .staging import write_parts
+from .staging import Progress, write_parts
 
 if TYPE_CHECKING:
     from zs_comm.group import GroupLike
@@ -57,6 +57,7 @@ class Started:
     lock: TagLock | None
     serial: int
     latest: bool = True
+    progress: Progress | None = None
 
 
 @overload
@@ -71,6 +72,7 @@ def save(
     asynchronous: Literal[False] = ...,
     io: str = ...,
     keep: int | None = ...,
+    progress: Progress | None = ...,
 ) -> Saved: ...
 
 
@@ -86,6 +88,7 @@ def save(
     asynchronous: bool,
     io: str = ...,
     keep: int | None = ...,
+    progress: Progress | None = ...,
 ) -> Saved | Pending: ...
 
 
@@ -100,6 +103,7 @@ def save(
     asynchronous: bool = False,
     io: str = "auto",
     keep: int | None = None,
+    progress: Progress | None = None,
 ) -> Saved | Pending:
     """Save `state` in the folder `path` under `tag`; every rank of the group calls it.
 
@@ -117,6 +121,7 @@ def save(
         asynchronous: return a `Pending` when the state is copied to host memory, and write it in the background.
         io: "auto", "aio" (zs-offload-aio, or an error) or "threads".
         keep: how many checkpoints of the folder to keep, this one included; older ones are removed (None: all).
+        progress: called with the bytes that have been read and summed so far, and all that this rank writes.
 
     Raises:
         ConfigError: a tag, a key or a value that cannot be saved.
@@ -128,7 +133,8 @@ def save(
     from .checkpointer import Checkpointer
 
     checkpointer = Checkpointer(path, group=group, io=io, keep=keep)
-    return checkpointer.save(state, tag=tag, client_state=client_state, step=step, asynchronous=asynchronous)
+    options: dict[str, Any] = {"tag": tag, "client_state": client_state, "step": step, "progress": progress}
+    return checkpointer.save(state, asynchronous=asynchronous, **options)
 
 
 def begin(
@@ -142,6 +148,7 @@ def begin(
     asynchronous: bool,
     latest: bool,
     stall_s: float,
+    progress: Progress | None = None,
     error: BaseException | None = None,
 ) -> Started:
     """Everything up to the first byte: the parts, the tag's lock, and the agreement of all ranks.
@@ -181,7 +188,7 @@ def begin(
             _remove_empty(root / tag)
         raise
     commit = Commit(root, tag, words[0], group.rank, group.size, stall_s=stall_s)
-    return Started(commit, content, lock, serial, latest)
+    return Started(commit, content, lock, serial, latest, progress)
 
 
 def write(started: Started, writer: BlobWriter) -> Index:
@@ -198,7 +205,7 @@ def write(started: Started, writer: BlobWriter) -> Index:
         path = commit.path()
         metadata = {"format": "pt", "zs_ckpt": json.dumps({"save_id": commit.save_id, "rank": commit.rank})}
         layout = lay_out(content.parts, metadata)
-        crcs = _write_file(path, layout, writer, commit.save_id)
+        crcs = _write_file(path, layout, writer, started)
         index.files[path.name] = layout.file
         places = {id(part): (offset, crc) for part, offset, crc in zip(layout.parts, layout.offsets, crcs, strict=True)}
         for part in content.parts:  # in the order of the state, which is the one to show
@@ -270,11 +277,11 @@ def as_world(group: GroupLike) -> Group:
     return as_group(group, "world")
 
 
-def _write_file(path: Path, layout: Layout, writer: BlobWriter, save_id: str) -> list[str]:
+def _write_file(path: Path, layout: Layout, writer: BlobWriter, started: Started) -> list[str]:
     """Write and sync under a temporary name, and put it in place; the parts' checksums."""
-    unfinished = path.with_name(temporary(path.name, save_id))
+    unfinished = path.with_name(temporary(path.name, started.commit.save_id))
     try:
-        crcs = write_parts(str(unfinished), layout, writer)
+        crcs = write_parts(str(unfinished), layout, writer, started.progress)
         writer.sync(str(unfinished))
         put_in_place(unfinished, path)
     except BaseException:

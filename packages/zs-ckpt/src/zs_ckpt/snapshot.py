@@ -27,12 +27,12 @@ from .latest import newest
 from .manifest import Manifest, StoredTensor, parse_manifest
 from .names import MANIFEST, check_tag, open_file
 from .sealed import read_sealed
-from .threads import in_threads
+from .threads import in_threads, processors
 from .views import bytes_of
 
-_THREADS = 4
+_THREADS = min(max(processors(), 2), 4)
 _THREADS_THAT_WAIT = 8  # where a read is done by the thread that asks for it
-_AHEAD_NBYTES, _MOST_AHEAD = 8 << 20, 16  # of one thread: under way while it waits for another
+_AHEAD_NBYTES, _MOST_AHEAD = (64 << 20) // _THREADS, 16  # of one thread: under way while it waits for another
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 _INLINE_NBYTES = 1 << 20  # below it threads cost more than they give
 _MOST_OPEN = 256  # files that are kept open; further ones are opened for each read
@@ -42,7 +42,7 @@ class Snapshot:
     """A committed checkpoint, as it was when it was opened.
 
     `tag`: None takes the newest. `nbytes_read` counts the bytes of tensors that were read from files. Reading takes
-    memory for what is asked for, and up to 24 MiB for each of four threads where it does not go straight to its place.
+    memory for what is asked for, and up to 96 MiB where that does not go straight to its place.
 
     Raises:
         CheckpointIncomplete: there is no such checkpoint, or nothing committed in the folder.

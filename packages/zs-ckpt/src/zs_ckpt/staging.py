@@ -15,41 +15,60 @@ from torch import Tensor
 
 from .blob import BlobWriter, Ticket, wait_for
 from .hostcopy import HostBuffer, wait_for_devices
-from .shardfile import Layout, Part, checksums, extent_nbytes, extent_seed
+from .shardfile import Layout, Part, checksums, extent_nbytes, extent_seed, sum_nbytes
 from .views import bytes_of
 
 _BUFFER_NBYTES = 16 << 20  # a multiple of every extent
 
 
-def write_parts(path: str, layout: Layout, writer: BlobWriter) -> list[str]:
-    """Write the file that `layout` describes, and return each part's checksums. Neither synced nor in place yet."""
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def write_parts(path: str, layout: Layout, writer: BlobWriter, progress: Progress | None = None) -> list[str]:
+    """Write the file that `layout` describes, and return each part's checksums. Neither synced nor in place yet.
+
+    `progress`: called with the bytes that have been summed, and all of them.
+    """
+    done, total = 0, sum_nbytes(layout.parts)
+
+    def said(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
     parts: Sequence[Part] = layout.parts
     if all(part.data.device.type == "cpu" for part in parts):
-        return _from_host(path, layout.header, parts, writer)
+        return _from_host(path, layout.header, parts, writer, said)
     wait_for_devices(part.data for part in parts)  # the thread that copies has a stream of its own
     if getattr(writer, "streams", False):
-        return _streamed(path, layout, writer)
-    return _from_host(path, layout.header, HostBuffer().copy(parts), writer)
+        return _streamed(path, layout, writer, said)
+    return _from_host(path, layout.header, HostBuffer().copy(parts), writer, said)
 
 
-def _from_host(path: str, header: bytes, parts: Sequence[Part], writer: BlobWriter) -> list[str]:
+def _from_host(
+    path: str, header: bytes, parts: Sequence[Part], writer: BlobWriter, said: Callable[[int], None]
+) -> list[str]:
     views = [bytes_of(part.data) for part in parts]
-    ticket = writer.write(path, [header, *views])
+    ticket, crcs = writer.write(path, [header, *views]), []
     try:
-        return [checksums(part.entry, view) for part, view in zip(parts, views, strict=True)]
+        for part, view in zip(parts, views, strict=True):
+            crcs.append(checksums(part.entry, view))
+            said(part.nbytes)
+        return crcs
     finally:
         wait_for(ticket)
 
 
-def _streamed(path: str, layout: Layout, writer: BlobWriter) -> list[str]:
+def _streamed(path: str, layout: Layout, writer: BlobWriter, said: Callable[[int], None]) -> list[str]:
     """Copy the next bytes from the device while the last ones are written."""
     crcs: dict[int, str] = {}
     start: Callable[..., Ticket] = writer.write
-    wait_for(start(path, _stream(layout, crcs), nbytes=layout.nbytes))
+    wait_for(start(path, _stream(layout, crcs, said), nbytes=layout.nbytes))
     return [crcs[index] for index in range(len(layout.parts))]
 
 
-def _stream(layout: Layout, crcs: dict[int, str]) -> Iterator[memoryview]:
+def _stream(layout: Layout, crcs: dict[int, str], said: Callable[[int], None]) -> Iterator[memoryview]:
     yield memoryview(layout.header)
     size = min(_BUFFER_NBYTES, max((part.nbytes for part in layout.parts), default=0))
     pinned = torch.cuda.is_available()
@@ -69,6 +88,7 @@ def _stream(layout: Layout, crcs: dict[int, str]) -> Iterator[memoryview]:
             ]
             yield view
         crcs[index] = "".join(words)
+        said(part.nbytes)
 
 
 def _copied(source: Tensor, buffer: Tensor) -> memoryview:
