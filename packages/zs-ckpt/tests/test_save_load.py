@@ -381,3 +381,33 @@ def test_reads_through_buffers_are_ahead_of_one_another(tmp_path):
             for start, stop in ((0, 1), (7, 2000), (2000, 4096)):
                 part = snapshot.read("x/wide", ((0, 4096), (start, stop)))
                 torch.testing.assert_close(part, wide[:, start:stop], rtol=0, atol=0)
+
+
+PEAK = """
+import sys, torch, zs_ckpt
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+
+path, io, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+state = {"x": {str(index): torch.ones(1 << 20, dtype=dtype) for index in range(96)}}
+zs_ckpt.load(path, {"x": {"0": state["x"]["0"]}}, io=io, strict=False)  # what is made once: threads, modules
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+before = status("VmRSS")
+zs_ckpt.load(path, state, io=io)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("io", ["auto", "threads"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_load_takes_bounded_memory(io, dtype, tmp_path):
+    """384 MiB into place, as they are or cast on the way: buffers of 96 MiB at the most, and the pool of the engine."""
+    save(tmp_path, {"x": {str(index): torch.full((1 << 20,), float(index)) for index in range(96)}})
+    command = [sys.executable, "-c", PEAK, str(tmp_path), io, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < (192 << 20 if dtype == "bfloat16" else 64 << 20)

@@ -42,7 +42,7 @@ class Snapshot:
     """A committed checkpoint, as it was when it was opened.
 
     `tag`: None takes the newest. `nbytes_read` counts the bytes of tensors that were read from files. Reading takes
-    memory for what is asked for, and up to 96 MiB where that does not go straight to its place.
+    memory for what is asked for, and up to 96 MiB where that does not go straight to its place (and the reader's own).
 
     Raises:
         CheckpointIncomplete: there is no such checkpoint, or nothing committed in the folder.
@@ -237,6 +237,7 @@ class _Reading:
     ) -> None:
         self._snapshot, self._reads, self._then, self._stop = snapshot, reads, then, stop
         self._buffer_nbytes = buffer_nbytes
+        self._most_ahead = 0 if snapshot._reader is None else _AHEAD_NBYTES
         self._spare: list[Tensor] = []
         self._started: deque[tuple[Read, memoryview, Tensor, Callable[[], None]]] = deque()
         self._ahead = 0  # bytes
@@ -247,7 +248,7 @@ class _Reading:
                 if self._stop.is_set():
                     return
                 self._start(read)
-                while self._ahead > _AHEAD_NBYTES or len(self._started) > _MOST_AHEAD:
+                while self._ahead > self._most_ahead or len(self._started) > _MOST_AHEAD:
                     self._finish()
             while self._started:
                 self._finish()
