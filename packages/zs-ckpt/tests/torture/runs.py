@@ -122,7 +122,7 @@ class Lane:
         self._end(plan, victims, draw, result)
         result.hit, result.committed = target.hit(), bool(target.hit_committed)
         result.ended = self.reports()[plan.rank]
-        allowed = self._allowed(result)
+        allowed = self._allowed()
         answer = in_child(lambda: self._judge(allowed, before))
         result.outcome, result.bad = answer["outcome"], [*result.bad, *answer["bad"]]
         self.step = self.step + 2 if answer["continues"] else -1
@@ -240,11 +240,11 @@ class Lane:
                 keep_status(target, status)
                 return
             time.sleep(0.0005)
-        allowed = self._allowed(result)
+        allowed = self._allowed()
         answer = in_child(lambda: self._seen(allowed))
         result.bad += [f"while it was stopped: {text}" for text in answer["bad"]]
 
-    def _allowed(self, result: Result) -> list[int]:
+    def _allowed(self) -> list[int]:
         """The steps that may be found: what had been committed decides."""
         old, new = ([] if self.scenario.first else [self.step]), self.step + 1
         if any(control.committed or control.returned for control in self.controls):
@@ -256,16 +256,18 @@ class Lane:
     # ---- the judge, in a child ----
 
     def _seen(self, allowed: list[int]) -> dict[str, Any]:
+        nothing = ""
         try:
             found = self.system.load(self.folder)
         except Nothing as error:
-            found = -1
-            if -1 not in allowed:
-                return {"outcome": "lost", "bad": [f"nothing was found: {error}"]}
+            found, nothing = -1, str(error)
         except Torn as error:
             return {"outcome": "torn", "bad": [f"torn: {error}"]}
         except BaseException as error:  # DCP's is no Exception
             return {"outcome": "damaged", "bad": [f"load raised {type(error).__name__}: {error}"]}
+        allowed = sorted({*allowed, *self._allowed()})  # a rank that was not stopped may have committed meanwhile
+        if nothing and -1 not in allowed:
+            return {"outcome": "lost", "bad": [f"nothing was found: {nothing}"]}
         bad = [] if found in allowed else [f"step {found} was loaded, only {allowed} would be right"]
         return {"outcome": "new" if found > self.step else "old", "bad": bad}
 
