@@ -146,6 +146,18 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session(requires=["wheels"])
+def configs(session: nox.Session) -> None:
+    """A folder of real configurations (`-- FOLDER`, or ZS_DS_CONFIGS): verdicts, and the share that trains."""
+    folder = next(iter(session.posargs), "") or os.environ.get("ZS_DS_CONFIGS", "")
+    if not folder:
+        session.error("name a folder of JSON files: nox -s configs -- FOLDER")
+    _install(session, "zs-engine", groups=("test",))
+    environ: dict[str, str | None] = {"ZS_DS_CONFIGS": str(Path(folder).resolve())}
+    suite = [str(ROOT / "packages/zs-engine/tests" / name) for name in ("test_corpus.py", "test_mutations.py")]
+    _pytest(session, *suite, env=environ)
+
+
+@nox.session(requires=["wheels"])
 def torture(session: nox.Session) -> None:
     """10,000 saves killed at every file operation and at random times, and the peers' figures; up to two hours."""
     _install(session, "zs-ckpt", "zs-offload-aio", groups=("test",))

@@ -1,4 +1,6 @@
-"""The project's benchmarks:  python benchmarks/run.py train | wire | memory | import | adam | aio | ckpt  [options]
+"""The project's benchmarks:  python benchmarks/run.py JOB [options], JOB one of
+
+    train | wire | memory | import | adam | aio | ckpt | overhead
 
 Each prints Markdown and writes it to benchmarks/results. `--help` after a name lists its options.
 """
@@ -21,6 +23,7 @@ JOBS = {  # name on the command line -> module
     "adam": "adam",
     "aio": "aio",
     "ckpt": "ckpt",
+    "overhead": "overhead",
 }
 
 

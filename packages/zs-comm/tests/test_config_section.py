@@ -135,7 +135,7 @@ def test_places_in_the_file(tmp_path: Path) -> None:
     assert refused(data, source=source) == [
         f"{file}:2:34: zero_optimization.stage: Input should be 0, 1, 2 or 3 (got 4)",
         f"{file}:2:37: zero_optimization.stages: unknown key; did you mean 'stage'?",
-        f"{file}:3:26: steps: Input should be a valid integer (got [1])",
+        f"{file}:3:26: steps: Input should be a whole number (got [1])",
         f"{file}:4:3: url: unknown key",
     ]
     assert source.where(("steps", 0)) == f"{file}:3:27"

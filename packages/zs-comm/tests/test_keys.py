@@ -11,7 +11,8 @@ from zs_comm import ConfigError
 from zs_comm.config import dotted, validate
 from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.jsonfile import parse_json
-from zs_comm.keys import DeepSpeedSection, ForeignKeys, Later, Note, asks_for_nothing, examine, json_schema, verdicts
+from zs_comm.keys import DeepSpeedSection, Later, Note, asks_for_nothing, examine, fatal, pruned, verdicts
+from zs_comm.language import with_keys
 
 
 class Inner(DeepSpeedSection):
@@ -26,13 +27,14 @@ class Whole(DeepSpeedSection):
     batch: int | None = None
 
 
-FOREIGN = ForeignKeys(
+LANGUAGE = with_keys(
+    Whole,
     {
         "wall": {"reason": "no timers", "default": False},
-        "half": {"reason": "no half", "keys": {"enabled": False, "scale": 0}},
+        "half": {"reason": "no half", "keys": {"enabled": False, "scale": {"type": "number", "default": 0}}},
         "tune": {"reason": "no tuning", "keys": {"depth": 8, "deep": True}},
-        "free": {"reason": "no freedom", "open": True},
-    }
+        "batch": {"reason": "not taken: the section has it", "default": None},
+    },
 )
 
 
@@ -77,57 +79,75 @@ def test_auto_null_and_both_names() -> None:
 @pytest.mark.parametrize(
     ("data", "texts"),
     [
-        ({"wall": False, "half": {"scale": 9}, "tune": {"depth": 8}, "free": {"x": {"enabled": False}}}, []),
-        ({"wall": True}, ["wall: no timers (got true)"]),
-        ({"half": {"enabled": True, "scale": 9}}, ["half.enabled: no half (got true)"]),
-        ({"half": {"enabled": "yes"}}, ['half.enabled: Input should be true or false (got "yes")']),
-        ({"half": {"scael": 9}}, ["half.scael: unknown key; did you mean 'scale'?"]),
-        ({"half": 3}, ["half: no half (got 3)"]),
-        ({"tune": {"depth": 9}}, ["tune.depth: no tuning (got 9)"]),
-        ({"tune": {"deep": False}}, ["tune.deep: no tuning (got false)"]),
-        ({"free": {"x": 1}}, ["free: no freedom"]),
-        ({"hafl": {}}, ["hafl: unknown key; did you mean 'half'?"]),
-        ({"bach": 1}, ["bach: unknown key; did you mean 'batch'?"]),
-        ({"size": 1, "batch": 2}, ["size: unknown key"]),
-        ({"hint": True}, ["hint: unknown key; it belongs in 'inner'"]),
-        ([], ["the configuration should be an object (got [])"]),
+        ({"wall": False, "half": {"scale": 9}, "tune": {"depth": 8}}, []),
+        ({"wall": True}, ["refused wall: no timers (got true)"]),
+        ({"half": {"enabled": True, "scale": 9}}, ["refused half.enabled: no half (got true)"]),
+        ({"half": {"enabled": "yes"}}, ['invalid half.enabled: Input should be true or false (got "yes")']),
+        ({"half": {"scael": 9}}, ["unknown half.scael: unknown key; did you mean 'scale'?"]),
+        ({"half": {"scale": "x"}}, ['invalid half.scale: Input should be a number (got "x")']),
+        ({"half": 3}, ["invalid half: Input should be an object (got 3)"]),
+        ({"tune": {"depth": 9}}, ["refused tune.depth: no tuning (got 9)"]),
+        ({"tune": {"deep": False}}, ["refused tune.deep: no tuning (got false)"]),
+        ({"hafl": {}}, ["unknown hafl: unknown key; did you mean 'half'?"]),
+        ({"bach": 1}, ["unknown bach: unknown key; did you mean 'batch'?"]),
+        ({"siz": 1, "batch": 2}, ["unknown siz: unknown key"]),
+        ({"hint": True}, ["unknown hint: unknown key; it belongs in 'inner'"]),
+        ({"inner": {"batch": 3}}, ["unknown inner.batch: unknown key; it belongs at the top level"]),
+        ({"inner": {"szie": 1}}, ["unknown inner.szie: unknown key; did you mean 'size'?"]),
+        (
+            {"inner": {"size": 1, "inner_size": 2}},
+            ["invalid inner.size: is the same key as 'inner_size', which is given too"],
+        ),
+        ([], ["invalid the configuration should be an object (got [])"]),
     ],
 )
 def test_examine(data: Any, texts: list[str]) -> None:
-    _, problems = examine(Whole, FOREIGN, data)
-    assert [str(problem) for problem in problems] == texts
+    _, problems = examine(LANGUAGE, data)
+    assert [f"{problem.kind} {problem}" for problem in problems] == texts
 
 
 def test_examine_gives_the_part_that_is_in_order() -> None:
-    config, problems = examine(Whole, FOREIGN, {"batch": 4, "inner": {"hint": "yes"}, "wall": True})
-    assert config == Whole(batch=4) and len(problems) == 2
+    data = {"batch": 4, "inner": {"hint": "yes", "size": 7, "x": 1}, "wall": True}
+    config, problems = examine(LANGUAGE, data)
+    assert (config.batch, config.inner) == (4, Inner(size=7)) and len(problems) == 3
+    assert fatal(problems, "warn") == [problem for problem in problems if problem.path != ("inner", "x")]
+
+
+def test_pruned() -> None:
+    data = {"a": {"b": 1, "c": [1, 2]}, "d": 2, "e": {"f": 3}}
+    assert pruned(data, [("a", "b"), ("d",), ("e",), ("z", "y")]) == {"a": {"c": [1, 2]}}
+    assert pruned(data, [("a", "c", 0), ()]) == {"a": {"b": 1}, "d": 2, "e": {"f": 3}}
+    assert data == {"a": {"b": 1, "c": [1, 2]}, "d": 2, "e": {"f": 3}}
 
 
 def test_verdicts() -> None:
     text = '{"batch": 4, "inner": {"size": 1, "hint": false, "later": null, "ways": 2}, "half": {"enabled": false}}'
     data, source = parse_json(text, name="c")
     data["x"] = 1
-    rows = verdicts(Whole, data, examine(Whole, FOREIGN, data, source)[1], source)
+    rows = verdicts(LANGUAGE, data, examine(LANGUAGE, data, source)[1], source)
     assert [(dotted(row.path), row.verdict, row.text) for row in rows] == [
         ("batch", "honoured", ""),
         ("inner.size", "honoured", "elements"),
         ("inner.hint", "harmless", "nothing follows"),
-        ("inner.later", "idle", "asks for nothing"),
+        ("inner.later", "harmless", "asks for nothing"),
         ("inner.ways", "refused", "only one way (got 2)"),
-        ("half.enabled", "idle", "asks for nothing"),
-        ("x", "refused", "unknown key"),
+        ("half.enabled", "harmless", "asks for nothing"),
+        ("x", "unknown", "unknown key"),
     ]
-    assert rows[0].where == "c:1:11"
+    assert rows[0].where == "c:1:11" and rows[0].position == (1, 11)
+    assert verdicts(LANGUAGE, {"batch": 4}, [])[0].position == (None, None)
 
 
-def test_a_refused_open_section_is_one_row() -> None:
-    data = {"free": {"x": 1, "y": 2}}
-    rows = verdicts(Whole, data, examine(Whole, FOREIGN, data)[1])
-    assert [(dotted(row.path), row.verdict) for row in rows] == [("free", "refused")]
-
-
-def test_schema_names_everything() -> None:
-    assert set(json_schema(Whole, FOREIGN)["properties"]) == {"inner", "batch", "wall", "half", "tune", "free"}
+def test_what_is_in_an_object_that_is_wrong_is_wrong_too() -> None:
+    data = {"batch": {"x": 1}, "y": {"z": {"w": 2}, "v": {}}}
+    rows = verdicts(LANGUAGE, data, examine(LANGUAGE, data)[1])
+    assert [(dotted(row.path), row.verdict, row.text) for row in rows] == [
+        ("batch", "invalid", 'Input should be a whole number (got {"x": 1})'),
+        ("batch.x", "invalid", "part of batch"),
+        ("y", "unknown", "unknown key"),
+        ("y.z.w", "unknown", "part of y"),
+        ("y.v", "unknown", "part of y"),
+    ]
 
 
 def parameters() -> list[torch.Tensor]:
@@ -151,7 +171,23 @@ class Choice(TypeAndParams):
             {"type": "SGD", "params": {"momentun": 1}},
             ["params.momentun: SGD takes no such parameter; did you mean 'momentum'?"],
         ),
-        ({"type": "SGD", "params": {"lr": -1}}, ["params: SGD: Invalid learning rate: -1"]),
+        (
+            {"type": "SGD", "params": {"momentun": 1, "lr": "x", "nesterov": 1, "weight_decay": [1]}},
+            [
+                "params.momentun: SGD takes no such parameter; did you mean 'momentum'?",
+                'params.lr: Input should be a number (got "x")',
+                "params.nesterov: Input should be true or false (got 1)",
+            ],
+        ),
+        (
+            {"type": "Adam", "params": {"betas": [0.9]}},
+            ["params.betas: Input should be an array of 2 numbers (got [0.9])"],
+        ),
+        (
+            {"type": "Adam", "params": {"foreach": "yes", "lr": "auto"}},
+            ['params.foreach: Input should be true or false (got "yes")'],
+        ),
+        ({"type": "SGD", "params": {"lr": -1}}, ["params.lr: SGD: Invalid learning rate: -1 (got -1)"]),
     ],
 )
 def test_types_and_params(section: dict[str, Any], texts: list[str]) -> None:

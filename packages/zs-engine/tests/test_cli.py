@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
-from zs_comm.config import known_keys
 from zs_engine.cli import main
-from zs_engine.config import EngineConfig, foreign_keys
+from zs_engine.config import language
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,10 @@ def test_lint_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ["1:22", "train_batch_size", "honoured"],
         ["2:33", "zero_optimization.stage", "honoured"],
         ["2:52", "zero_optimization.overlap_comm", "equivalent"],
-        [f"{file}:", "3", "keys,"],
+        [f"{file}:", "3", "keys:"],
     ]
-    assert [line[3] for line in lines][2:] == ["communication always runs beside the computation", "accepted"]
+    last = ["communication always runs beside the computation", "2 honoured, 1 equivalent; accepted"]
+    assert [line[3] for line in lines][2:] == last
 
 
 def test_lint_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +50,8 @@ def test_lint_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = out(capsys)
     assert "unknown key; did you mean 'optimizer'?" in text
     assert "train_batch_size(9) != train_micro_batch_size_per_gpu(4)" in text
-    assert "idle        asks for nothing" in text
-    assert text.endswith("2 refused")
+    assert "amp.enabled       harmless    asks for nothing" in text
+    assert text.endswith("3 keys: 1 harmless, 1 unknown, 1 invalid; 2 problems")
 
 
 def test_lint_of_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,10 +66,76 @@ def test_lint_of_no_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "the configuration should be an object" in out(capsys)
 
 
+def lint_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = main(["lint", "--json", *arguments])
+    return code, json.loads(out(capsys))
+
+
+def test_lint_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(
+        '{"train_batch_size": 8, // samples\n "zero_optimization": {"stage": 7, "overlap_comm": true},\n'
+        ' "graph_harvesting": true, "aio": {"queue_depth": 4}, "optimiser": {"type": 1}}'
+    )
+    code, found = lint_json(capsys, str(file))
+    assert code == 1 and found["ok"] is False
+    assert [[*list(row.values())[:4], row["message"][:30]] for row in found["keys"]] == [
+        ["train_batch_size", 1, 22, "honoured", "samples in an optimizer step, "],
+        ["zero_optimization.stage", 2, 33, "invalid", "Input should be 0, 1, 2 or 3 ("],
+        ["zero_optimization.overlap_comm", 2, 52, "equivalent", "communication always runs besi"],
+        ["graph_harvesting", 3, 22, "refused", "CUDA graphs are not there yet "],
+        ["aio.queue_depth", 3, 51, "harmless", "tunes offload to files, which "],
+        ["optimiser", 3, 55, "unknown", "unknown key; did you mean 'opt"],
+        ["optimiser.type", 3, 77, "unknown", "part of optimiser"],
+    ]
+    assert all(list(row) == ["path", "line", "column", "verdict", "message"] for row in found["keys"])
+
+
+def test_lint_of_base64_has_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    text = base64.urlsafe_b64encode(b'{"train_batch_size": 8,\n"x??": ">>>"}').decode()
+    code, found = lint_json(capsys, text)
+    assert code == 1 and [(row["path"], row["line"]) for row in found["keys"]] == [("train_batch_size", 1), ("x??", 2)]
+
+
+def test_lint_of_a_text_that_cannot_be_parsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"train_batch_size": 8,\n "fp16": {"enabled": True}}')
+    code, found = lint_json(capsys, str(file))
+    (row,) = found["keys"]
+    assert (code, found["ok"], row["path"], row["line"], row["column"]) == (1, False, "", 2, 22)
+    assert row["verdict"] == "invalid" and row["message"].startswith("JSON writes 'true'")
+    file.write_text('{"train_batch_size": 8, "train_batch_size": 4}')
+    assert "'train_batch_size' is given twice, first on line 1" in lint_json(capsys, str(file))[1]["keys"][0]["message"]
+    assert main(["lint", str(file)]) == 1 and "given twice" in out(capsys)
+
+
+def test_lint_lets_unknown_keys_pass_where_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"train_batch_size": 8, "backend": "nccl"}')
+    assert lint_json(capsys, str(file))[0] == 1
+    code, found = lint_json(capsys, str(file), "--unknown-keys", "warn")
+    assert (code, found["ok"], found["keys"][1]["verdict"]) == (0, True, "unknown")
+    file.write_text('{"train_batch_size": "8", "backend": "nccl"}')
+    assert lint_json(capsys, str(file), "--unknown-keys", "warn")[0] == 1
+
+
+def test_lint_has_colours_in_a_terminal_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.json"
+    file.write_text('{"train_batch_size": 8}')
+    assert main(["lint", str(file)]) == 0 and "\x1b[" not in out(capsys)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["lint", str(file)]) == 0 and "\x1b[32mhonoured  \x1b[0m" in out(capsys)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["lint", str(file)]) == 0 and "\x1b[" not in out(capsys)
+
+
 def test_schema_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     schema = json.loads(out(capsys))
-    assert set(schema["properties"]) == {*known_keys(EngineConfig), *foreign_keys().table}
+    assert set(schema["properties"]) == {info.alias or name for name, info in language().model_fields.items()}
     assert schema["additionalProperties"] is False
     assert "stage" in schema["$defs"]["ZeroConfig"]["properties"]
 

@@ -402,7 +402,7 @@ class Chatty(nn.Module):
     def generate(self) -> str:
         return "text"
 
-    def offload_states(self) -> str:
+    def train_batch(self) -> str:
         return "its own"
 
 
@@ -410,7 +410,7 @@ def test_unknown_attributes_are_the_modules() -> None:
     engine = engine_of(Chatty())
     assert engine.generate() == "text"
     assert engine.layer is engine.module.layer
-    assert engine.offload_states() == "its own"
+    assert engine.train_batch() == "its own"
     assert engine.config["train_micro_batch_size_per_gpu"] == 4  # the engine's own name comes first
     engine.total_params = 3
     assert engine.total_params == 3

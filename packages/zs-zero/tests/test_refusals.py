@@ -89,9 +89,7 @@ class Own(torch.optim.AdamW):
     ("make", "why"),
     [
         (lambda p: torch.optim.LBFGS(p), "LBFGS is not element-wise: it looks at all parameters"),
-        (lambda p: torch.optim.Adafactor(p), "Adafactor is not element-wise: it factors whole matrices"),
         (lambda p: torch.optim.SparseAdam(p), "SparseAdam is not element-wise: it needs sparse gradients"),
-        (lambda p: torch.optim.Muon([q for q in p if q.dim() == 2]), "Muon is not element-wise"),
         (lambda p: Own(p), "Own is not known to be element-wise.*zero_allow_untested_optimizer"),
     ],
 )
@@ -136,7 +134,7 @@ def test_lbfgs_at_stage_0():
 def closure_at_stage_2(group):
     model = Net()
     optimizer = zs_zero.shard(model, torch.optim.SGD(model.parameters()), stage=2, mesh=group)
-    with pytest.raises(ConfigError, match="whole parameters: stage 0"):
+    with pytest.raises(ConfigError, match="whole parameters.*: stage 0"):
         optimizer.step(lambda: 0.0)
 
 

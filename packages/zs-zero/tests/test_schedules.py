@@ -43,11 +43,11 @@ def test_warmup_linear() -> None:
     assert found == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_warmup_max_defaults_to_the_first_groups_rate() -> None:
+def test_warmup_max_defaults_to_each_groups_rate() -> None:
     optimizer = adam(0.3, 0.7)
     schedule = WarmupLR(optimizer, warmup_num_steps=2, warmup_type="linear")
     rates(schedule, 4)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.7]
 
 
 def test_one_step_of_warmup_counts_as_two() -> None:
@@ -156,12 +156,20 @@ def test_tensor_rates_stay_tensors() -> None:
     ("arguments", "text"),
     [
         ({"warmup_type": "cosine"}, "warmup_type: must be 'log' or 'linear'"),
-        ({"warmup_num_steps": 0}, "warmup_num_steps"),
+        ({"warmup_num_steps": 0}, "warmup_num_steps: must be a whole number of at least 1"),
+        ({"warmup_num_steps": 2.5}, "warmup_num_steps"),
     ],
 )
 def test_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         WarmupLR(adam(), **arguments)
+
+
+def test_steps_of_no_length_are_refused() -> None:
+    with pytest.raises(ConfigError, match="lr_range_test_step_size"):
+        LRRangeTest(adam(), lr_range_test_step_size=0)
+    with pytest.raises(ConfigError, match="cycle_first_step_size"):
+        OneCycle(adam(), 0.1, 1.0, cycle_first_step_size=0)
 
 
 def test_all_five_are_named() -> None:

@@ -50,11 +50,25 @@ def import_deepspeed(
     )
 
 
+def loss_scale_of(scaler: Any) -> dict[str, float]:
+    """The state of DeepSpeed's `DynamicLossScaler` as ours; of any other scaler that there is nothing to go on with."""
+    try:
+        return {
+            "value": float(scaler["cur_scale"]),
+            "good_steps": int(scaler["cur_iter"]) - int(scaler["last_overflow_iter"]) - 1,
+            "tolerated": int(scaler["cur_hysteresis"]),
+            "stuck": 0,
+        }
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
 def state_of(found: DeepSpeedCheckpoint) -> dict[str, Any]:
     """`found` as what `save` takes."""
     optimizer = {f"{key}/{name}": value for key, named in found.states.items() for name, value in named.items()}
     kind = str(found.config.get("optimizer", {}).get("type", "")) or "of DeepSpeed"
     objects = {"world": 1, "class": kind, "numbers": {}, "param_groups": found.param_groups}
+    objects["loss_scale"] = loss_scale_of(found.loss_scaler)
     state: dict[str, Any] = {
         "model": Wholes(found.model, {"world": 1, "tied": found.tied, "extra": {}}),
         "optimizer": Wholes(optimizer, objects),

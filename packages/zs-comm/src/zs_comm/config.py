@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, ValidationInfo, field_validator
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from zs_comm.errors import ConfigError
 from zs_comm.jsonfile import KeyPath, Source
 
 S = TypeVar("S", bound="Section")
+NOT_THERE = "not_there_yet"  # the type of pydantic's error where a value asks for a feature that is not there
 
 
 class Section(BaseModel):
@@ -33,22 +35,63 @@ class Section(BaseModel):
     no boolean and true is no number.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _as_json_means_it(cls, value: Any, info: ValidationInfo) -> Any:
-        accepted = _Accepted.by(cls.model_fields[str(info.field_name)].annotation)
+        field = cls.model_fields[str(info.field_name)]
+        if any(isinstance(mark, ByteSize) for mark in field.metadata):
+            return value
+        accepted = _Accepted.by(field.annotation)
         return accepted.taken(value) if accepted else value
 
 
 @dataclass(frozen=True)
+class ByteSize:
+    """Field metadata: a number of bytes, an integer or a string such as "2GiB" (1024-based) or "500MB" (1000-based).
+
+    buffer: Annotated[int, ByteSize(), Field(ge=1)] = 2**20
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(byte_size, handler(source))
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?", re.IGNORECASE)
+
+
+def byte_size(value: Any) -> int:
+    """Bytes from an integer or a string: 4096, 1e9, "2GiB", "64 MiB", "500MB", "1.5GiB".
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is not None and (match[2] or not match[3]):
+            value = float(match[1]) * (1024 if match[3] else 1000) ** " KMGTP".index(match[2].upper() or " ")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int:
+        raise PydanticCustomError("wrong_type", 'Input should be a number of bytes, or a string such as "2GiB"')
+    return value
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration. `str()` is its line in a message."""
+    """One thing wrong with a configuration. `str()` is its line in a message.
+
+    kind: "unknown": there is no such key; "refused": the value asks for something that is not there; "invalid": the
+    value is wrong, alone or beside others.
+    """
 
     path: KeyPath
     text: str
     where: str = ""  # file:line:column
+    kind: Literal["invalid", "refused", "unknown"] = "invalid"
 
     def __str__(self) -> str:
         name = dotted(self.path)
@@ -77,7 +120,7 @@ def check(
     prefix: KeyPath = tuple(path.split(".")) if path else ()
     if not isinstance(data, Mapping):
         where = source.where(prefix) if source else ""
-        return None, (Problem(prefix, f"Input should be an object (got {_shown(data)})", where),)
+        return None, (Problem(prefix, f"Input should be an object (got {shown(data)})", where),)
     try:
         return section.model_validate(dict(data)), ()
     except ValidationError as error:
@@ -121,26 +164,32 @@ def _problems(
 ) -> Iterator[Problem]:
     """One problem per key: what a union's branches said of the same value is joined by "or"."""
     texts: dict[KeyPath, list[str]] = {}
-    unknown: set[KeyPath] = set()
-    shown: dict[KeyPath, str] = {}
+    kinds: dict[KeyPath, Literal["invalid", "refused", "unknown"]] = {}
+    got: dict[KeyPath, str] = {}
     for error in errors:
         path = _key_path(error, data)
         text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if error["type"] == "extra_forbidden":
-            unknown.add(path)
+            kinds[path] = "unknown"
             text = "unknown key" + _suggestion(section, path)
+        elif error["type"] == "model_type":
+            text = "Input should be an object"
+            got[path] = f" (got {shown(error['input'])})"
         elif error["type"] == "missing":
             text = "this key is required"
         elif not isinstance(error["input"], Mapping) or text.startswith("Input should be"):
-            shown[path] = f" (got {_shown(error['input'])})"
+            got[path] = f" (got {shown(error['input'])})"
+        if error["type"] == NOT_THERE:
+            kinds[path] = "refused"
         heard = texts.setdefault(path, [])
         text = text.removeprefix("Input should be ") if heard else text
         if text not in heard and f"Input should be {text}" not in heard:
             heard.append(text)
     for path, heard in texts.items():
         full = prefix + path
-        where = source.where(full, key=path in unknown) if source else ""
-        yield Problem(full, " or ".join(heard) + shown.get(path, ""), where)
+        kind = kinds.get(path, "invalid")
+        where = source.where(full, key=kind == "unknown") if source else ""
+        yield Problem(full, " or ".join(heard) + got.get(path, ""), where, kind)
 
 
 def _key_path(error: ErrorDetails, data: Any) -> KeyPath:
@@ -159,17 +208,18 @@ def _key_path(error: ErrorDetails, data: Any) -> KeyPath:
 
 def _suggestion(section: type[Section], path: KeyPath) -> str:
     key = str(path[-1])
-    owner = section
+    owners: list[Any] = [section]
     for part in path[:-1]:
-        inner = list(_sections_of(owner, str(part)))
-        if not inner:
-            return ""
-        owner = inner[0]
-    near = did_you_mean(key, list(known_keys(owner)))
-    if near:
-        return near
-    homes = [dotted(home) for home in _homes(section, key)]
-    return f"; it belongs in {', '.join(map(repr, homes))}" if homes else ""
+        owners = [inner for owner in owners for inner in inside(owner, part)]
+    owner = next((owner for owner in owners if _is_section(owner)), None)
+    if owner is None:
+        return ""
+    homes = [home for home in _homes(section, key) if home != path[:-1]]
+    if () in homes:
+        return "; it belongs at the top level"
+    if 0 < len(homes) <= 3:  # a key that is everywhere says nothing
+        return f"; it belongs in {', '.join(repr(dotted(home)) for home in homes)}"
+    return did_you_mean(key, [*known_keys(owner), *owner.model_fields])
 
 
 def known_keys(section: type[BaseModel]) -> Iterator[str]:
@@ -178,21 +228,29 @@ def known_keys(section: type[BaseModel]) -> Iterator[str]:
         yield info.alias or name
 
 
-def _sections_of(section: type[BaseModel], key: str) -> Iterator[type[Section]]:
-    for name, info in section.model_fields.items():
-        if key in (name, info.alias):
-            for leaf in _leaves(info.annotation):
-                if isinstance(leaf, type) and issubclass(leaf, Section):
-                    yield leaf
+def inside(annotation: Any, key: str | int) -> Iterator[Any]:
+    """The types that a key's value may have in a section, in a mapping of names to sections, or in a list."""
+    if _is_section(annotation):
+        for name, info in annotation.model_fields.items():
+            if key in (name, info.alias):
+                yield from _leaves(info.annotation)
+    elif typing.get_origin(annotation) in (dict, list):
+        yield from _leaves(typing.get_args(annotation)[-1])
 
 
-def _homes(section: type[BaseModel], key: str, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Sections inside this one that have such a key."""
-    for name in known_keys(section):
-        for inner in _sections_of(section, name):
-            if key in known_keys(inner):
-                yield (*path, name)
-            yield from _homes(inner, key, (*path, name))
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _homes(section: type[Section], key: str, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """This section and those inside it, as far as they have such a key."""
+    fields = section.model_fields
+    if key in fields or any(key == info.alias for info in fields.values()):
+        yield path
+    for name, info in fields.items():
+        for inner in _leaves(info.annotation):
+            if _is_section(inner):
+                yield from _homes(inner, key, (*path, info.alias or name))
 
 
 _SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -227,9 +285,11 @@ class _Accepted:
         return cls(frozenset(kinds), tuple(constants), tuple(others))
 
     def taken(self, value: Any) -> Any:
-        """The value, a whole float as the int it means; raises for a scalar of the wrong kind."""
+        """The value, a whole float as the int it means; raises for one of the wrong kind."""
         if type(value) not in _SCALARS:
-            return value
+            kind = "an object" if isinstance(value, Mapping) else "an array" if isinstance(value, list) else ""
+            if not kind or kind in self.others:
+                return value
         ints = int in self.kinds or any(type(constant) is int for constant in self.constants)
         if isinstance(value, float) and value.is_integer() and ints and float not in self.kinds:
             value = int(value)
@@ -244,6 +304,17 @@ class _Accepted:
         raise PydanticCustomError("wrong_type", "Input should be {wanted}", {"wanted": wanted})
 
 
+def wrong_kind(annotation: Any, value: Any) -> str:
+    """What an annotation takes ("a number or an array"), where a JSON value is plainly none of it; else empty."""
+    accepted = _Accepted.by(annotation)
+    try:
+        if accepted:
+            accepted.taken(value)
+    except PydanticCustomError as error:
+        return error.message().removeprefix("Input should be ")
+    return ""
+
+
 def _leaves(annotation: Any) -> Iterator[Any]:
     """The members of a union (nested, optional, annotated), or the annotation itself."""
     origin = typing.get_origin(annotation)
@@ -251,12 +322,17 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         for part in typing.get_args(annotation):
             yield from _leaves(part)
     elif origin is typing.Annotated:
-        yield from _leaves(typing.get_args(annotation)[0])
+        kind, *marks = typing.get_args(annotation)
+        if any(isinstance(mark, ByteSize) for mark in marks):
+            yield annotation  # reads its values itself
+        else:
+            yield from _leaves(kind)
     else:
         yield annotation
 
 
-def _shown(value: Any, limit: int = 80) -> str:
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as a message shows it: JSON, cut after `limit` characters."""
     try:
         text = json.dumps(value, default=repr)
     except (TypeError, ValueError):

@@ -17,6 +17,7 @@ class ConfigError(ZsError, ValueError):
     """A bad value, or a rule between values that does not hold: names the path, the value, and what is allowed."""
 
     problems: tuple[object, ...] = ()  # one for each thing wrong, where several were found at once (zs_comm.config)
+    where: str = ""  # file:line:column of a text that could not be parsed
 
 
 class MissingPackage(ZsError, ImportError):

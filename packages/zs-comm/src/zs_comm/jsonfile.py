@@ -7,10 +7,14 @@ dropped in silence.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import difflib
 import json
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,6 +48,25 @@ class Source:
             path = path[:-1]
             position = self.values.get(path)
         return f"{self.name}:{position[0]}:{position[1]}" if position else self.name
+
+
+def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[Any, Source | None]:
+    """A configuration as it may be given: a mapping, the path of a JSON file, or the URL-safe base64 of its text.
+
+    Raises:
+        ConfigError: as `read_json`; or a string that is none of these.
+    """
+    if not isinstance(config, str | os.PathLike):
+        return config, None
+    if isinstance(config, str) and not os.path.exists(config):
+        if config.lstrip()[:1] in ("{", "["):
+            raise ConfigError("the configuration is JSON text: give the file's path, or json.loads(text)")
+        text = ""
+        with contextlib.suppress(ValueError):  # binascii.Error and UnicodeDecodeError are such
+            text = base64.b64decode(config, altchars=b"-_", validate=True).decode("utf-8")
+        if text.lstrip()[:1] in ("{", "/"):
+            return parse_json(text, name="<base64>")
+    return read_json(config)
 
 
 def read_json(path: str | os.PathLike[str]) -> tuple[Any, Source]:
@@ -90,7 +113,10 @@ class _Parser:
         at = self.at if at is None else at
         line, column = self.position(at)
         found = repr(self.text[at : at + 12].split("\n")[0]) if at < len(self.text) else "the end of the file"
-        raise ConfigError(f"{self.source.name}:{line}:{column}: {what}, found {found}")
+        where = f"{self.source.name}:{line}:{column}"
+        error = ConfigError(f"{where}: {what}, found {found}")
+        error.where = where
+        raise error
 
     def space(self) -> None:
         match = _SPACE.match(self.text, self.at)
@@ -117,8 +143,11 @@ class _Parser:
         if self.text.startswith('"', self.at):
             return self.string()
         if number := _NUMBER.match(self.text, self.at):
+            result = json.loads(number.group())
+            if result in (math.inf, -math.inf):
+                self.fail("a number that is too large")
             self.at = number.end()
-            return json.loads(number.group())
+            return result
         word = _WORD.match(self.text, self.at)
         if word and word.group() in _WORDS:
             self.at = word.end()

@@ -1,31 +1,30 @@
 """What becomes of each key of a DeepSpeed configuration, so that none is silently ignored.
 
-A key is honoured; equivalent (mapped, with a note); harmless here (accepted, with a note); idle (of a feature that is
-not there, asking for nothing); or refused. Sections say so field by field, in `Annotated` metadata:
+A key is honoured; equivalent (mapped, with a note); harmless here (accepted, with a note); refused with a reason;
+unknown; or invalid. Sections say so field by field, in `Annotated` metadata:
 
     class ZeroConfig(DeepSpeedSection):
         stage: Literal[0, 1, 2, 3] = 0                                                  # honoured
         overlap_comm: Annotated[bool, Note("equivalent", "communication always overlaps")] = True
-        zenflow: Annotated[Any, Later("ZenFlow is not there yet")] = None               # idle or refused
+        zenflow: Annotated[Any, Later("ZenFlow is not there yet")] = None               # harmless or refused
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from zs_comm.config import Problem, Section, _sections_of, check, did_you_mean, known_keys
+from zs_comm.config import NOT_THERE, Problem, Section, check, dotted, inside, shown
 from zs_comm.jsonfile import KeyPath, Source
 
 S = TypeVar("S", bound=Section)
 _SWITCHES = ("enabled", "device", "shared_parameters")
+_NOTHING = "asks for nothing"
 
 
 def asks_for_nothing(value: object, default: object = None) -> bool:
@@ -53,22 +52,28 @@ class Note:
 
     verdict: Literal["equivalent", "harmless"]
     text: str
+    loud: bool = False  # say it as a warning where the value asks for something
 
 
 @dataclass(frozen=True)
 class Later:
-    """Field metadata of a key whose feature is not there: refused with `reason` unless its value asks for nothing."""
+    """Field metadata of a key whose feature is not there: refused with `reason` unless its value asks for nothing.
+
+    The value must be one that the key takes all the same.
+    """
 
     reason: str
     default: Any = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._check, handler(source))
+        return core_schema.no_info_wrap_validator_function(self._check, handler(source))
 
-    def _check(self, value: Any) -> Any:
-        if asks_for_nothing(value, self.default):
+    def _check(self, value: Any, valid: Any) -> Any:
+        if value is None or value == self.default:
             return self.default
-        raise PydanticCustomError("not_there_yet", "{reason}", {"reason": self.reason})
+        if valid(value) == self.default or asks_for_nothing(value, self.default):
+            return self.default
+        raise PydanticCustomError(NOT_THERE, "{reason}", {"reason": self.reason})
 
 
 class DeepSpeedSection(Section):
@@ -81,77 +86,55 @@ class DeepSpeedSection(Section):
     def _auto_is_default(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        return {key: value for key, value in data.items() if value is not None and value != "auto"}
+        known = {name for key, info in cls.model_fields.items() for name in (key, info.alias)}
+        return {key: value for key, value in data.items() if key not in known or not (value is None or value == "auto")}
 
 
-class ForeignKeys:
-    """Known keys that no section has yet, from a table.
-
-    A row holds a `reason` and either `default` (a single key), `keys` (a section: each key's default) or `open` (a
-    section whose keys nobody lists). A section with the key `enabled` asks for something only while that is true.
-    """
-
-    def __init__(self, table: Mapping[str, Mapping[str, Any]]) -> None:
-        self.table = table
-
-    @classmethod
-    def read(cls, package: str, file: str) -> ForeignKeys:
-        """The table in a package's data file."""
-        return cls(json.loads(resources.files(package).joinpath(file).read_text("utf-8")))
-
-    def problems(self, data: Mapping[str, Any], source: Source | None = None) -> Iterator[Problem]:
-        """What the known keys in `data` ask for that is not there; misspelt keys of their sections."""
-        for name in self.table.keys() & data.keys():
-            for path, text in self._judge(name, data[name], self.table[name]):
-                yield Problem(path, text, source.where(path) if source else "")
-
-    def _judge(self, name: str, value: Any, row: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-        keys, reason = row.get("keys"), str(row["reason"])
-        if keys is None or not isinstance(value, Mapping):
-            if not asks_for_nothing(value, row.get("default")):
-                yield (name,), reason + _got(value)
-            return
-        for key in value.keys() - keys.keys():
-            yield (name, key), "unknown key" + did_you_mean(key, list(keys))
-        if "enabled" in keys:
-            enabled = value.get("enabled")
-            if enabled not in (True, False, None, "auto"):
-                yield (name, "enabled"), "Input should be true or false" + _got(enabled)
-            elif enabled is True:
-                yield (name, "enabled"), reason + _got(enabled)
-            return
-        for key in keys.keys() & value.keys():
-            if not asks_for_nothing(value[key], keys[key]):
-                yield (name, key), reason + _got(value[key])
-
-
-def examine(
-    section: type[S], foreign: ForeignKeys, data: Mapping[str, Any], source: Source | None = None
-) -> tuple[S, list[Problem]]:
-    """Every problem of a configuration, and a model of the top-level keys that have none (for rules between keys)."""
+def examine(section: type[S], data: Any, source: Source | None = None) -> tuple[S, list[Problem]]:
+    """Every problem of a configuration, and a model of what has none (for rules between keys)."""
     if not isinstance(data, Mapping):
-        return section(), [
-            Problem((), f"the configuration should be an object{_got(data)}", source.name if source else "")
-        ]
-    problems = list(foreign.problems(data, source))
-    mine = {key: value for key, value in data.items() if key not in foreign.table}
-    for key in mine.keys() - {*known_keys(section), *section.model_fields}:
-        near = did_you_mean(key, [*known_keys(section), *foreign.table])
-        if near:  # where nothing is near, `check` knows in which section the key belongs
-            del mine[key]
-            problems.append(Problem((key,), "unknown key" + near, source.where((key,), key=True) if source else ""))
-    config, own = check(section, mine, source=source)
+        text = f"the configuration should be an object (got {shown(data)})"
+        return section(), [Problem((), text, source.name if source else "")]
+    problems = list(_twice(section, data, (), source))
+    config, found = check(section, pruned(data, [problem.path for problem in problems]), source=source)
+    problems += found
     if config is None:
-        wrong = {problem.path[0] for problem in own if problem.path}
-        config, _ = check(section, {key: value for key, value in mine.items() if key not in wrong})
-    return config or section(), problems + list(own)
+        left = pruned(data, [problem.path for problem in problems])
+        config, found = check(section, left)
+        if config is None:  # a rule of a whole section
+            config, _ = check(section, pruned(left, [problem.path[:1] for problem in found]))
+    return config or section(), problems
 
 
-def json_schema(section: type[Section], foreign: ForeignKeys) -> dict[str, Any]:
-    """The JSON Schema of a configuration; keys whose features are not there are described as such."""
-    off = {name: {"description": f"not there: {row['reason']}"} for name, row in foreign.table.items()}
-    made = section.model_json_schema()
-    return made | {"properties": made["properties"] | off}
+def fatal(problems: Sequence[Problem], unknown_keys: str = "error") -> list[Problem]:
+    """The problems that are errors: all, or with "warn" those that are not about an unknown key."""
+    return [problem for problem in problems if problem.kind != "unknown" or unknown_keys != "warn"]
+
+
+def pruned(data: Mapping[str, Any], paths: Sequence[KeyPath]) -> dict[str, Any]:
+    """A copy of `data` without the keys at `paths`; of a list, which has no keys, the whole list."""
+    result = dict(data)
+    for head in {path[0] for path in paths if path and path[0] in data}:
+        rests = [path[1:] for path in paths if path[:1] == (head,)]
+        inner = data[str(head)]
+        if () in rests or not isinstance(inner, Mapping):
+            del result[str(head)]
+        else:
+            result[str(head)] = pruned(inner, rests)
+    return result
+
+
+def _twice(annotation: Any, data: Any, path: KeyPath, source: Source | None) -> Iterator[Problem]:
+    """Keys that are given under both of their names."""
+    if not isinstance(data, Mapping):
+        return
+    for name, info in getattr(annotation, "model_fields", {}).items():
+        if info.alias and info.alias != name and name in data and info.alias in data:
+            where = source.where((*path, name), key=True) if source else ""
+            yield Problem((*path, name), f"is the same key as {info.alias!r}, which is given too", where)
+    for key, value in data.items():
+        for inner in inside(annotation, key):
+            yield from _twice(inner, value, (*path, key), source)
 
 
 @dataclass(frozen=True)
@@ -160,47 +143,62 @@ class Verdict:
 
     path: KeyPath
     where: str
-    verdict: Literal["honoured", "equivalent", "harmless", "idle", "refused"]
+    verdict: Literal["honoured", "equivalent", "harmless", "refused", "unknown", "invalid"]
     text: str
+    loud: bool = False  # of an accepted key: something that was asked for does not happen
+
+    @property
+    def position(self) -> tuple[int, int] | tuple[None, None]:
+        """Line and column, both from 1."""
+        parts = self.where.rsplit(":", 2)
+        return (int(parts[1]), int(parts[2])) if len(parts) == 3 and parts[2].isdigit() else (None, None)
 
 
 def verdicts(
     section: type[Section], data: Any, problems: Sequence[Problem], source: Source | None = None
 ) -> list[Verdict]:
     """One verdict for each key of `data` and each problem, in the order of `data`; problems of no key come last."""
-    found = {problem.path: problem for problem in problems}
+    found: dict[KeyPath, list[Problem]] = {}
+    for problem in problems:
+        found.setdefault(problem.path, []).append(problem)
     rows: list[Verdict] = []
-    for path, info in _leaves(section, data if isinstance(data, Mapping) else {}, (), found):
-        problem = found.pop(path, None)
-        if problem is not None:
-            rows.append(Verdict(path, problem.where, "refused", problem.text))
+    for path, value, info in _leaves(section, data, (), found, None):
+        if path in found:
+            several = found.pop(path)
+            rows += [Verdict(path, problem.where, problem.kind, problem.text) for problem in several]
+            for inner, _, _ in _leaves(None, value, path, {}, None) if isinstance(value, Mapping) and value else ():
+                text = f"part of {dotted(path)}"
+                rows.append(Verdict(inner, source.where(inner) if source else "", several[0].kind, text))
             continue
-        where = source.where(path) if source else ""
-        marks = [mark for mark in info.metadata if isinstance(mark, Note | Later)] if info else []
-        if info is None or any(isinstance(mark, Later) for mark in marks):
-            rows.append(Verdict(path, where, "idle", "asks for nothing"))
-        elif marks and isinstance(marks[0], Note):
-            rows.append(Verdict(path, where, marks[0].verdict, marks[0].text))
-        else:
-            rows.append(Verdict(path, where, "honoured", info.description or ""))
-    return rows + [Verdict(path, problem.where, "refused", problem.text) for path, problem in found.items()]
+        verdict, text = judged(info)
+        loud = any(isinstance(mark, Note) and mark.loud for mark in info.metadata) if info else False
+        loud = loud and not asks_for_nothing(value)
+        rows.append(Verdict(path, source.where(path) if source else "", verdict, text, loud))
+    left = [problem for several in found.values() for problem in several]
+    return rows + [Verdict(problem.path, problem.where, problem.kind, problem.text) for problem in left]
+
+
+def judged(info: FieldInfo | None) -> tuple[Literal["honoured", "equivalent", "harmless"], str]:
+    """The verdict on a key without a problem, and why."""
+    for mark in info.metadata if info else []:
+        if isinstance(mark, Later):
+            return "harmless", _NOTHING
+        if isinstance(mark, Note):
+            return mark.verdict, mark.text
+    return "honoured", (info.description if info else None) or ""
 
 
 def _leaves(
-    section: type[Section] | None, data: Mapping[str, Any], path: KeyPath, whole: Mapping[KeyPath, Problem]
-) -> Iterator[tuple[KeyPath, FieldInfo | None]]:
-    """The keys that hold a value, with their fields; a section counts as one where it is itself the problem."""
+    annotation: Any, data: Any, path: KeyPath, whole: Mapping[KeyPath, Any], info: FieldInfo | None
+) -> Iterator[tuple[KeyPath, Any, FieldInfo | None]]:
+    """The keys that hold a value, with it and their fields; an object counts as one where it is itself the problem."""
+    if not isinstance(data, Mapping) or not data or (path and path in whole):
+        if path:
+            yield path, data, info
+        return
     fields: dict[str, FieldInfo] = {}
-    for name, info in section.model_fields.items() if section else ():
-        fields |= {name: info, info.alias or name: info}
+    for name, field in getattr(annotation, "model_fields", {}).items():
+        fields |= {name: field, field.alias or name: field}
     for key, value in data.items():
-        inner = next(_sections_of(section, key), None) if section else None
-        known = inner or (key not in fields and not path)
-        if isinstance(value, Mapping) and value and known and (*path, key) not in whole:
-            yield from _leaves(inner, value, (*path, key), whole)
-        else:
-            yield (*path, key), fields.get(key)
-
-
-def _got(value: Any) -> str:
-    return "" if isinstance(value, Mapping) else f" (got {json.dumps(value, default=repr)})"
+        inner = [kind for kind in inside(annotation, key) if hasattr(kind, "model_fields") or hasattr(kind, "__args__")]
+        yield from _leaves(next(iter(inner), None), value, (*path, key), whole, fields.get(key, info))

@@ -55,6 +55,10 @@ class Observers:
         """True while a span would be seen by anyone: an observer, or torch's profiler."""
         return bool(self._observers) or bool(cast(Any, profiler)._is_profiler_enabled)
 
+    def wants(self, method: str) -> bool:
+        """Whether any observer has `method`: what is dear to find out need not be found out for nobody."""
+        return bool(self._calls[method])
+
     def add(self, observer: object) -> None:
         """Add ``observer`` (see :class:`Observer`); adding it twice is the same as once."""
         if any(known is observer for known in self._observers):
@@ -84,6 +88,7 @@ class Observers:
     def _index(self) -> None:
         for name, calls in self._calls.items():
             calls[:] = [(obs, method) for obs in self._observers if callable(method := getattr(obs, name, None))]
+        self._calls["span_end"].reverse()  # as context managers nest: what one does at an end is in no other's time
 
     def _tell(self, method: str, *args: object) -> None:
         for observer, call in tuple(self._calls[method]):

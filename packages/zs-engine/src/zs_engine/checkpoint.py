@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,57 +18,15 @@ import zs_zero
 from zs_ckpt.exporting import write_sharded
 from zs_ckpt.position import DataPosition
 from zs_ckpt.rng import RandomState
-from zs_comm import ConfigError, agreed
+from zs_comm import agreed
 from zs_zero.checkpoint import model_state
+from zs_zero.loop_state import Counters
 from zs_zero.on_first import weights_on_first
 
 if TYPE_CHECKING:
     from zs_engine.engine import Engine
 
 _log = logging.getLogger("zs_engine")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-class Counters:
-    """The engine's counters as a Shardable; `micro_steps` is counted anew for other batch sizes and worlds."""
-
-    PROTOCOL = 1
-
-    def __init__(self, engine: Engine, *, window: bool = True) -> None:
-        self._engine, self._window = engine, window  # window: gradients of an open one are loaded too
-
-    def pieces(self) -> Iterator[Any]:
-        return iter(())
-
-    def objects(self) -> Mapping[str, Any]:
-        engine = self._engine
-        counters = {name: getattr(engine, name) for name in (*_COUNTERS, "micro_steps")}
-        sizes = {"batch": dict(engine.get_batch_info()._asdict()), "world": engine.dp_world_size}
-        return counters | sizes | {"windows": engine.counts_windows}
-
-    def places(self, saved: Any, objects: Mapping[str, Any]) -> Iterator[Any]:
-        self._micro_steps(objects)
-        return iter(())
-
-    def finish(self, objects: Mapping[str, Any]) -> None:
-        for name in _COUNTERS:
-            setattr(self._engine, name, objects[name])
-        self._engine.micro_steps = self._micro_steps(objects)
-
-    def _micro_steps(self, saved: Mapping[str, Any]) -> int:
-        """How many of this engine's micro-steps the saved ones were."""
-        there, here, world = saved["batch"], self._engine.get_batch_info(), self._engine.dp_world_size
-        windows, inside = divmod(saved["micro_steps"], there["steps"])
-        if not (saved.get("windows", True) and self._engine.counts_windows):  # the caller says where they end
-            return int(saved["micro_steps"])
-        samples, each = inside * there["micro"] * saved["world"], here.micro * world
-        if inside and self._window and (samples % each or there["train"] != here.train):
-            raise ConfigError(
-                f"the checkpoint was taken inside a window, after {samples} of {there['train']} samples, and this "
-                f"engine takes {here.train}, {each} at a time: load it with one train_batch_size and micro-batches "
-                f"that divide, or without optimizer states"
-            )
-        return int(windows * here.steps + (samples // each if self._window else 0))
 
 
 def state_of(engine: Engine, *, optimizer: bool = True, scheduler: bool = True) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -15,12 +16,9 @@ from typing import Any
 
 import torch
 import zs_offload_aio
-from zs_comm import ConfigError, nodes, torchrun
-from zs_comm.config import dotted
-from zs_comm.jsonfile import read_json
-from zs_comm.keys import json_schema, verdicts
+from zs_comm import ConfigError, lint, nodes, torchrun
 
-from zs_engine.config import EngineConfig, examine, foreign_keys
+from zs_engine.config import examine, language
 
 PACKAGES = ("zs-engine", "zs-comm", "zs-offload-aio", "zs-zero", "torch", "pydantic")
 OPTIONAL = ("zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress")
@@ -43,11 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="script.py ...")
     run.set_defaults(function=_run)
     commands.add_parser("report", help="versions, devices, backends, packages").set_defaults(function=_report)
-    commands.add_parser("schema", help="the configuration's JSON Schema").set_defaults(function=_schema)
-    lint = commands.add_parser("lint", help="a verdict for every key of a configuration")
-    lint.add_argument("config")
-    lint.add_argument("--world", type=int, help="data-parallel ranks, to check the batch sizes for")
-    lint.set_defaults(function=_lint)
+    schema = commands.add_parser("schema", help="the configuration's JSON Schema")
+    schema.add_argument("--markdown", action="store_true", help="as tables: docs/configuration.md")
+    schema.set_defaults(function=_schema)
+    check = commands.add_parser("lint", help="a verdict for every key of a configuration")
+    check.add_argument("config", help="a JSON file, or base64")
+    check.add_argument("--world", type=int, help="data-parallel ranks, to check the batch sizes for")
+    check.add_argument("--json", action="store_true", help='{"ok": bool, "keys": [{"path", "line", ...}]}')
+    check.add_argument("--unknown-keys", choices=("error", "warn"), default="error")
+    check.set_defaults(function=_lint)
     for point in metadata.entry_points(group="zs_engine.commands"):  # of other packages: `zs ckpt`
         text = f"of {point.dist.name if point.dist else point.module}; --help tells more"
         # no character begins an option here: they are all the command's own
@@ -95,18 +97,16 @@ def _report(_: Any) -> int:
     return 0
 
 
-def _schema(_: Any) -> int:
-    print(json.dumps(json_schema(EngineConfig, foreign_keys()), indent=2))
+def _schema(options: Any) -> int:
+    made = language()
+    print(lint.page(made) if options.markdown else json.dumps(made.model_json_schema(), indent=2))
     return 0
 
 
 def _lint(options: Any) -> int:
-    data, source = read_json(options.config)
-    _, _, problems = examine(data, source, world=options.world)
-    rows = verdicts(EngineConfig, data, problems, source)
-    width = max((len(dotted(row.path)) for row in rows), default=0)
-    for row in rows:
-        place = row.where.removeprefix(source.name).strip(":")
-        print(f"{place:>7}  {dotted(row.path):<{width}}  {row.verdict:<10}  {row.text}".rstrip())
-    print(f"{options.config}: {len(rows)} keys,", f"{len(problems)} refused" if problems else "accepted")
-    return 1 if problems else 0
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    find = functools.partial(examine, world=options.world)
+    how = {"as_json": options.json, "unknown_keys": options.unknown_keys, "colour": colour}
+    text, ok = lint.report(options.config, language(), lambda *read: find(*read)[2], **how)
+    print(text)
+    return 0 if ok else 1

@@ -12,17 +12,22 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.optim import lr_scheduler
 from zs_ckpt.config import CheckpointConfig
 from zs_comm import ConfigError, keys
 from zs_comm.config import Problem, config_error, dotted
 from zs_comm.factory import TypeAndParams, classes_of
-from zs_comm.jsonfile import KeyPath, Source, read_json
-from zs_comm.keys import DeepSpeedSection, ForeignKeys, Note
+from zs_comm.jsonfile import KeyPath, Source, read_config
+from zs_comm.keys import Note
+from zs_comm.language import extended
 from zs_zero import schedules
 from zs_zero.config import Bf16Config, OptimizerConfig, ZeroConfig
-from zs_zero.elementwise import require_element_wise
+from zs_zero.loop_config import LoopConfig
+from zs_zero.precision_config import PrecisionConfig
+from zs_zero.requirements import requirements
+from zs_zero.rules import contradictions
+from zs_zero.types_config import TypesConfig
 
 from zs_engine.batch import BatchSizes
 
@@ -30,8 +35,10 @@ _log = logging.getLogger("zs_engine")
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _OFFLOAD = Note("harmless", "concerns offload, which is refused by its own name")
+_OLD_BOOL = Note("equivalent", "true is the old way to say stage 1, and false to say stage 0")
 _NO_SP = Note("harmless", "there is no sequence parallelism in this configuration")
 
 
@@ -45,59 +52,64 @@ class SchedulerConfig(TypeAndParams):
         return self.maker("scheduler", known, self.type, self.given) if self.type else None
 
 
-class EngineConfig(DeepSpeedSection):
+class EngineConfig(LoopConfig, PrecisionConfig, TypesConfig):
     """The keys of a DeepSpeed configuration that do something."""
 
     train_batch_size: Count | None = Field(default=None, description="samples in an optimizer step, over all ranks")
     train_micro_batch_size_per_gpu: Count | None = Field(default=None, description="samples in one forward of one rank")
     gradient_accumulation_steps: Count | None = Field(default=None, description="forwards in an optimizer step")
     managed_gradient_accumulation: bool = Field(default=True, description="false: every step() updates")
-    steps_per_print: int | float | None = Field(default=None, description="optimizer steps between lines of progress")
     gradient_clipping: NonNegative = Field(default=0.0, description="largest global 2-norm; 0: no clipping")
+    sparse_gradients: bool = Field(default=False, description="of embeddings' gradients, reduce touched rows only")
     prescale_gradients: bool = Field(default=False, description="divide before the sum over ranks instead of after it")
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(default=1.0, description="part of it done before")
-    communication_data_type: Dtype | None = Field(default=None, description="of gradients on the wire; null: their own")
     seq_parallel_communication_data_type: Annotated[Dtype, _NO_SP] = "fp32"
     zero_allow_untested_optimizer: bool = Field(default=False, description="shard what may not be element-wise")
     zero_force_ds_cpu_optimizer: Annotated[bool, _OFFLOAD] = True
     dataloader_drop_last: bool = Field(default=False, description="drop the last batch where it is smaller")
+    log_level: LogLevel | None = Field(default=None, description="of the logger `zs_engine`")
     disable_allgather: Annotated[bool, Note("harmless", "DeepSpeed reads and does not use it")] = False
     allgather_size: Annotated[int, Note("harmless", "whole units are gathered")] = 500_000_000
     vocabulary_size: Annotated[int | None, Note("harmless", "DeepSpeed only warns about it")] = None
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    zero_optimization: ZeroConfig = ZeroConfig()
+    zero_optimization: Annotated[ZeroConfig, _OLD_BOOL] = ZeroConfig()
     bfloat16: Bf16Config = Field(default=Bf16Config(), alias="bf16")
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_forms(cls, data: Any) -> Any:
+        old = data.get("zero_optimization") if isinstance(data, Mapping) else None
+        return {**data, "zero_optimization": {"stage": int(old)}} if isinstance(old, bool) else data
+
 
 @functools.cache
-def foreign_keys() -> ForeignKeys:
-    """DeepSpeed's keys whose features are not there."""
-    return ForeignKeys.read("zs_engine", "deepspeed_keys.json")
+def language() -> type[EngineConfig]:
+    """Those, and the rest of DeepSpeed's keys, whose features are not there."""
+    return extended(EngineConfig, "zs_engine", "deepspeed_keys.json")
 
 
 def examine(
     data: Mapping[str, Any], source: Source | None = None, *, world: int | None = None
 ) -> tuple[EngineConfig, BatchSizes | None, list[Problem]]:
     """Check parsed data. `world`: the data-parallel ranks; None leaves the batch sizes alone."""
-    config, problems = keys.examine(EngineConfig, foreign_keys(), data, source)
+    config, problems = keys.examine(language(), data, source)
 
-    def report(path: KeyPath, text: str, *, at: KeyPath | None = None) -> None:
-        problems.append(Problem(path, text, source.where(at or path) if source else ""))
+    def report(path: KeyPath, text: str, *, kind: Any = "invalid") -> None:
+        problems.append(Problem(path, text, source.where(path, key=kind == "unknown") if source else "", kind))
 
-    fp16 = [problem for problem in problems if problem.path == ("fp16", "enabled")]
-    if fp16 and data["fp16"].get("enabled") is True and config.bfloat16.enabled:
-        problems.remove(fp16[0])
-        report(("fp16", "enabled"), "fp16.enabled and bf16.enabled are both true: choose one")
+    if isinstance(data, Mapping):
+        for path, text in contradictions(data):
+            report(path, text)
     lists = [len(value) for value in config.scheduler.given.values() if isinstance(value, list)]
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max([1, *lists]))]  # a value for each
     zero, untested = config.zero_optimization, config.zero_allow_untested_optimizer
-    rule = functools.partial(require_element_wise, stage=zero.stage, allow_untested=untested)
+    rule = functools.partial(requirements, stage=zero.stage, allow_untested=untested)
     for problem in config.optimizer.problems(lambda: groups[:1], rule):
-        report(("optimizer", *problem.path), problem.text)
+        report(("optimizer", *problem.path), problem.text, kind=problem.kind)
     for problem in config.scheduler.problems(lambda: torch.optim.AdamW(groups)):
-        report(("scheduler", *problem.path), problem.text)
+        report(("scheduler", *problem.path), problem.text, kind=problem.kind)
     if world is None or any(problem.path and problem.path[0] in BATCH_KEYS for problem in problems):
         return config, None, problems
     train, micro, steps = (getattr(config, key) for key in BATCH_KEYS)
@@ -106,22 +118,32 @@ def examine(
     try:
         return config, BatchSizes.solve(train, micro, steps, world), problems
     except ConfigError as error:
-        report((), str(error), at=BATCH_KEYS[:1])
+        report(BATCH_KEYS[:1], str(error))
         return config, None, problems
 
 
 def load(
-    config: Mapping[str, Any] | str | os.PathLike[str], *, world: int = 1
+    config: Mapping[str, Any] | str | os.PathLike[str], *, world: int = 1, unknown_keys: str = "error"
 ) -> tuple[EngineConfig, BatchSizes, dict[str, Any]]:
     """The checked configuration, its batch sizes for `world` data-parallel ranks, and the data as given.
 
     Raises ConfigError with every problem: path, and for a file its line and column.
     """
-    data, source = read_json(config) if isinstance(config, str | os.PathLike) else (config, None)
+    if unknown_keys not in ("error", "warn"):
+        raise ConfigError(f"unknown_keys should be 'error' or 'warn' (got {unknown_keys!r})")
+    data, source = read_config(config)
     parsed, sizes, problems = examine(data, source, world=world)
-    if sizes is None or problems:
-        raise config_error(problems, source)
-    rows = keys.verdicts(EngineConfig, data, [], source)
+    fatal = keys.fatal(problems, unknown_keys)
+    if sizes is None or fatal:
+        raise config_error(fatal, source)
+    if parsed.log_level:
+        _log.setLevel(parsed.log_level.upper())
+    for problem in problems:
+        _log.warning("ignored: %s", problem)
+    rows = keys.verdicts(language(), data, problems, source)
+    for row in rows:
+        if row.loud:
+            _log.warning("%s: %s", dotted(row.path), row.text)
     if noted := [f"{dotted(row.path)} ({row.verdict})" for row in rows if row.verdict in ("equivalent", "harmless")]:
         _log.info("accepted without effect of its own (`zs lint` says why): %s", ", ".join(noted))
     if data.get("gradient_clipping") is None:

@@ -8,9 +8,9 @@ engine.step()               at the end of an accumulation window: clip, update, 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from zs_comm import ConfigError, Group
 from zs_zero import ZeroOptimizer
+from zs_zero.loop_report import LoopReport
+from zs_zero.pacing import Pacing
+from zs_zero.trees import argument_elsewhere
 
 from zs_engine import checkpoint
 from zs_engine.batch import BatchSizes
@@ -44,6 +46,7 @@ class Engine(nn.Module):
         lr_scheduler: stepped with every optimizer step; set it to None to step it yourself.
         global_steps, micro_steps, global_samples, skipped_steps: counters; `micro_steps` counts calls of `step()`.
         device, global_rank, world_size, local_rank, dp_world_size: where this process stands.
+        observers: `observers.add(anything with scalar(name, value, step))` is told of every update: a monitor.
         config: the configuration as it was given.
     """
 
@@ -64,55 +67,73 @@ class Engine(nn.Module):
         self.data_parallel_group = zero.group.process_group
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self.checkpointers: dict[Any, Any] = {}  # by folder: their buffers, and what is being written
-        self._sizes, self._applied = sizes, False
+        self._sizes, self._applied, self._window_began = sizes, False, 0
         self._boundary: bool | None = None
         self._norm: Tensor | None = None
+        self._backwards = 0  # since the last update
+        self.observers = zero.group.observers
+        self.report = LoopReport(self.observers, _log, **settings.report_options())
+        self.pacing = Pacing(settings.pacers(), module)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's forward. Raises ConfigError where it failed over an input that is on another device."""
+        if self.pacing and self.module.training:
+            kwargs |= self.pacing.arguments(self.global_steps)
         try:
-            return self.module(*inputs, **kwargs)
+            with self.report.phase("forward"):
+                return self.module(*inputs, **kwargs)
         except RuntimeError as error:
-            wrong = _elsewhere(self.module, inputs, kwargs, self.device)
+            wrong = argument_elsewhere(self.module, inputs, kwargs, self.device)
             if wrong is None:
                 raise
             raise ConfigError(f"{wrong}, and the model on {self.device}: move the batch to engine.device") from error
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
         """Backward through `loss / gradient_accumulation_steps` (or `loss`: `scale_wrt_gas=False`); returns that."""
+        self.report.loss(loss)
+        self._backwards += 1
         if scale_wrt_gas and self._sizes.steps > 1:
             loss = loss / self._sizes.steps
-        loss.backward(retain_graph=retain_graph, **kwargs)
+        with self.report.phase("backward"):
+            self.zero.scale(loss).backward(retain_graph=retain_graph, **kwargs)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, which is 1 in bf16 and fp32."""
-        return loss
+        """The loss times the loss scale (1 in bf16 and fp32), to call `backward()` on."""
+        return self.zero.scale(loss)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-step; at the accumulation boundary clip, update, zero the gradients, step the schedule."""
         if self.optimizer is None:
             raise ConfigError("step(): the engine has no optimizer: give initialize() one, or the configuration")
-        self._applied = self.is_gradient_accumulation_boundary()
-        if self._applied:
-            clip = self._config.gradient_clipping
-            self._norm = self.optimizer.clip_grad_norm_(clip) if clip else self.optimizer.grad_norm()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
-            self.global_steps += 1
-            self.global_samples += self._sizes.train
-            every = self._config.steps_per_print
-            if every and self.global_steps % every == 0:
-                _log.info("step %d: lr %s, gradient norm %.4g", self.global_steps, self.get_lr(), float(self._norm))
+        self._applied = False
+        if not self.is_gradient_accumulation_boundary():
+            self.micro_steps += 1
+            return
+        with self.report.phase("step"):
+            self.optimizer.step(max_norm=self._config.gradient_clipping or math.inf)  # and the gradients are gone
+        self._applied, self._norm = not self.optimizer.overflow, self.optimizer.norm
+        if self._applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self.skipped_steps += not self._applied
+        self.global_steps += 1
+        train, _, steps = self._sizes  # where the caller says where windows end, there are as many samples as backwards
+        managed = self._config.managed_gradient_accumulation
+        self.global_samples += train if managed else train // steps * (self._backwards or 1)
         self.micro_steps += 1
+        self._window_began, self._backwards = self.micro_steps, 0
+        self.report.updated(self)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates."""
         if self._boundary is not None:
             return self._boundary
-        return not self.counts_windows or (self.micro_steps + 1) % self._sizes.steps == 0
+        return not self.counts_windows or self.window_steps + 1 >= self._sizes.steps
+
+    @property
+    def window_steps(self) -> int:
+        """Calls of `step()` since the one that updated last."""
+        return self.micro_steps - self._window_began
 
     @property
     def counts_windows(self) -> bool:
@@ -131,21 +152,28 @@ class Engine(nn.Module):
         """Drop the gradients of this accumulation window."""
         self.zero.zero_grad(set_to_none)
 
-    def was_step_applied(self) -> bool:
-        """Whether the last `step()` updated the parameters."""
-        return self._applied
-
     def get_global_grad_norm(self) -> float | None:
         """The global 2-norm of the last update's mean gradient, before clipping; None before the first."""
         return None if self._norm is None else float(self._norm)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the train batch by changing the accumulation steps. Raises ConfigError when it does not divide."""
-        self._sizes = BatchSizes.solve(train_batch_size, self._sizes.micro, None, self.dp_world_size)
+        """Change the train batch by changing the accumulation steps, from the next window on.
+
+        Raises ConfigError when it does not divide, or inside a window.
+        """
+        self._resize(train_batch_size, self._sizes.micro, None)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the micro-batch and, with the accumulation steps kept, the train batch."""
-        self._sizes = BatchSizes.solve(None, micro_batch_size, self._sizes.steps, self.dp_world_size)
+        """Change the micro-batch and, with the accumulation steps kept, the train batch; loaders that exist stay.
+
+        Raises ConfigError inside a window.
+        """
+        self._resize(None, micro_batch_size, self._sizes.steps)
+
+    def _resize(self, train: int | None, micro: int, steps: int | None) -> None:
+        if self.counts_windows and self.window_steps:
+            raise ConfigError(f"batch sizes change between windows: this one is at {self.window_steps} micro-steps")
+        self._sizes = BatchSizes.solve(train, micro, steps, self.dp_world_size)
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group."""
@@ -233,10 +261,10 @@ class Engine(nn.Module):
         raise ConfigError("an engine's model stays where and as it is: move or cast it before initialize()")
 
     def destroy(self) -> None:
-        """Finish what is being saved; remove all hooks: parameters are whole and ordinary again. Collective."""
+        """Finish what is being saved; remove hooks, drop states: what is left is the module, whole. Collective."""
         while self.checkpointers:
             self.checkpointers.popitem()[1].close()
-        self.zero.close()
+        self.zero.close(states=False)
 
     def __getattr__(self, name: str) -> Any:
         module = super().__getattr__("module")
@@ -245,28 +273,21 @@ class Engine(nn.Module):
         return module if name == "module" else getattr(module, name)
 
 
-def _elsewhere(
-    module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
-) -> str | None:
-    """The first tensor of a forward's arguments that is on another device."""
-    names = [name for name in inspect.signature(module.forward).parameters if name not in kwargs]
-    names += [f"#{i}" for i in range(len(names), len(inputs))]
-    for name, argument in [*zip(names, inputs, strict=False), *kwargs.items()]:
-        for path, leaf in pytree.tree_flatten_with_path(argument)[0]:
-            if isinstance(leaf, Tensor) and leaf.device != device:
-                return f"argument {name}{pytree.keystr(path)} of forward is on {leaf.device}"
-    return None
+def _method(name: str, doc: str, read: Callable[..., Any]) -> None:
+    def method(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        return read(self, *args, **kwargs)
+
+    method.__name__, method.__doc__ = name, doc
+    setattr(Engine, name, method)
 
 
-def _method(name: str, doc: str, read: Callable[[Engine], Any]) -> None:
-    def get(self: Engine) -> Any:
-        return read(self)
-
-    get.__name__, get.__doc__ = name, doc
-    setattr(Engine, name, get)
+def _call(path: str, engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    return operator.attrgetter(path)(engine)(*args, **kwargs)
 
 
 for _name, _path in NAMES["getters"].items():
     _method(_name, f"`{_path}`", operator.attrgetter(_path))
+for _name, _path in NAMES["calls"].items():
+    _method(_name, f"See `{_path}`.", functools.partial(_call, _path))
 for _name, _value in NAMES["constants"].items():
     _method(_name, f"{_value}: the feature is not there yet", functools.partial(lambda value, _: value, _value))

@@ -12,11 +12,11 @@ import torch
 import zs_zero
 from torch import nn
 from zs_comm import ConfigError, Group, Mesh, agreed, as_group, discover, init_distributed, same_everywhere
+from zs_zero.loop_report import state_text
 
 from zs_engine.engine import Engine
 
 _log = logging.getLogger("zs_engine")
-_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Config = Mapping[str, Any] | str | os.PathLike[str]
 
 
@@ -34,6 +34,7 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: Config | None = None,
     config_params: Config | None = None,
+    unknown_keys: str = "error",
 ) -> tuple[Engine, Any, Any, Any]:
     """Shard `model` as the configuration says; returns (engine, optimizer, dataloader, lr_scheduler). Collective.
 
@@ -47,7 +48,9 @@ def initialize(
         mesh: the data-parallel ranks: a `zs_comm.Mesh` or `Group`, a `DeviceMesh` or `ProcessGroup`; default: all.
         mpu: refused; pass `mesh`.
         dist_init_required: False: the process group is the caller's affair.
-        config: a mapping, or the path of a JSON file (comments and trailing commas allowed); `config_params` as well.
+        config: a mapping, the path of a JSON file (comments and trailing commas allowed), or the URL-safe base64 of
+            its text; `config_params` as well.
+        unknown_keys: "error"; or "warn": keys that nobody knows are named in the log and ignored.
 
     Raises:
         ConfigError: with every problem of the configuration, or a combination that does not work.
@@ -65,7 +68,8 @@ def initialize(
             raise ConfigError("mpu is not supported: pass the data-parallel ranks as initialize(mesh=...)")
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model should be a torch.nn.Module (got {type(model).__name__})")
-        settings, sizes, data = load(_only(config, config_params, args), world=group.size)
+        settings, sizes, data = load(_only(config, config_params, args), world=group.size, unknown_keys=unknown_keys)
+        settings.optimizer.prepare(model)
         client = _optimizer(settings.optimizer.factory(), optimizer, model, model_parameters)
     same_everywhere(json.dumps(data, sort_keys=True, default=repr), group, what="the configuration")
     place, device = discover(), torch.device("cpu")
@@ -78,12 +82,12 @@ def initialize(
         client,
         mesh=mesh,
         device=device,
-        reduce_dtype=_DTYPES[settings.communication_data_type],
         prescale=settings.prescale_gradients,
+        sparse_gradients=settings.sparse_gradients,
         predivide_factor=settings.gradient_predivide_factor,
         allow_untested_optimizer=settings.zero_allow_untested_optimizer,
         **settings.zero_optimization.options(),
-        **settings.bfloat16.options(),
+        **settings.bfloat16.options() | settings.scaling_options(device.type) | settings.types_options(),
     )
     where: dict[str, Any] = {"world": world, "local_rank": place.local_rank, "device": device}
     engine = Engine(model, zero, settings=settings, sizes=sizes, config=data, trains=client is not None, **where)
@@ -91,6 +95,8 @@ def initialize(
         engine.lr_scheduler = _schedule(settings.scheduler.factory(), lr_scheduler, engine.optimizer)
         if training_data is not None:
             engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
+    if settings.dump_state:
+        _log.info("%s", state_text(engine))
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -59,6 +59,7 @@ class ModelState:
         self._torn = optimizer.torn
         self._dp = runtime.groups.dp
         self._copies: list[tuple[Tensor, Tensor]] = []  # (where to, from) of what is not contiguous
+        self._sums: list[tuple[Flat, Tensor]] = []  # values of compensated flats, to be split
 
     # -- save ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -82,7 +83,9 @@ class ModelState:
 
     def _of_flat(self, flat: Flat, saved: Mapping[str, str] | None = None) -> Iterator[Piece]:
         """This rank's pieces; with `saved` ({name here: name there}) only of those, under the names there."""
-        values = flat.master if flat.master is not None else flat.shard
+        values = flat.values()
+        if saved is not None and flat.rest is not None:
+            self._sums.append((flat, values))
         replica, replicas = replica_of(self._runtime)
         for entry in flat.plan.entries:
             name = entry.spec.name if saved is None else saved.get(entry.spec.name)
@@ -103,6 +106,7 @@ class ModelState:
         self._runtime.check_not_borrowed("loading a checkpoint")
         found = self._match(saved, dict(objects.get("tied", {})), objects.get("without", ()))
         self._runtime.take_writes(self._runtime.flats)
+        self._sums = []
         for flat in self._runtime.flats:
             yield from self._of_flat(flat, found)
         same_world = objects.get("world") == self._dp.size
@@ -124,8 +128,10 @@ class ModelState:
         """Masters to the model's dtype, slices to every rank that keeps them whole. Collective."""
         for value, data in self._copies:
             value.copy_(data)
+        for flat, values in self._sums:
+            flat.store(0, flat.held_numel, values)
         self._runtime.spread((flat, range(len(flat.params))) for flat in self._runtime.flats)
-        self._copies = []
+        self._copies, self._sums = [], []
         extra = objects.get("extra", {})
         for name, module in _with_extra_state(self._runtime.model):
             if name in extra:

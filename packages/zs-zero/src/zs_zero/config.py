@@ -10,45 +10,29 @@ and is refused by name otherwise. `"auto"` means the default.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 from zs_comm import ConfigError
-from zs_comm.config import Problem, config_error
+from zs_comm.config import Problem, config_error, shown
 from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.keys import DeepSpeedSection, Later, Note
 
-Size: TypeAlias = Annotated[int, Field(ge=0)]
-_OFFLOAD = "offload is not there yet; drop the key, or set device to 'none'"
+from .offload_config import (
+    OFFLOAD,
+    LeafModuleConfig,
+    LocoConfig,
+    OffloadOptimizerConfig,
+    OffloadParamConfig,
+    Size,
+    ZenFlowConfig,
+)
+from .optimizers.muon import mark_for_muon
+from .optimizers.named import NAMED, NOT_THERE, REFUSED
+
 _ZEROPP = "ZeRO++ is not there yet"
-
-
-class OffloadParamConfig(DeepSpeedSection):
-    """`zero_optimization.offload_param`: only `device: "none"` for now; the other keys tune what is off."""
-
-    device: Annotated[Any, Later(_OFFLOAD, "none")] = "none"
-    nvme_path: str | None = None
-    buffer_count: Size = 5
-    buffer_size: Size = Field(default=100_000_000, description="elements")
-    max_in_cpu: Size = Field(default=1_000_000_000, description="elements")
-    pin_memory: bool = True
-
-
-class OffloadOptimizerConfig(DeepSpeedSection):
-    """`zero_optimization.offload_optimizer`: only `device: "none"` for now; the other keys tune what is off."""
-
-    device: Annotated[Any, Later(_OFFLOAD, "none")] = "none"
-    nvme_path: str | None = None
-    buffer_count: Size = 4
-    pin_memory: bool = True
-    pipeline: bool = False
-    pipeline_read: bool = False
-    pipeline_write: bool = False
-    fast_init: bool = False
-    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    super_offload: bool = False
-    cpuadam_cores_perc: Annotated[float, Field(ge=0, le=1)] = 0.8
 
 
 _units = Note("harmless", "whole units are communicated; their sizes follow the model (printed by optimizer.plan)")
@@ -80,10 +64,11 @@ class ZeroConfig(DeepSpeedSection):
     elastic_checkpoint: Annotated[bool, _files] = False
     offload_param: OffloadParamConfig | None = None
     offload_optimizer: OffloadOptimizerConfig | None = None
-    cpu_offload: Annotated[Any, Later(_OFFLOAD)] = None
-    cpu_offload_param: Annotated[Any, Later(_OFFLOAD)] = None
+    cpu_offload: Annotated[bool | None, Later(OFFLOAD)] = None
+    cpu_offload_param: Annotated[bool | None, Later(OFFLOAD)] = None
+    cpu_offload_params: Annotated[bool | None, Later(OFFLOAD)] = None
     cpu_offload_use_pin_memory: Annotated[bool, Note("harmless", "nothing is offloaded")] = False
-    zenflow: Annotated[Any, Later("ZenFlow is not there yet")] = None
+    zenflow: Annotated[ZenFlowConfig | None, Later("ZenFlow is not there yet")] = None
     sub_group_size: Annotated[Size, Note("harmless", "the step runs unit by unit; the size concerns offload")] = (
         1_000_000_000
     )
@@ -109,25 +94,32 @@ class ZeroConfig(DeepSpeedSection):
         default=False, alias="stage3_use_all_reduce_for_fetch_params"
     )
     allgather_sequential: Annotated[bool, _ranks] = Field(default=False, alias="stage3_allgather_sequential")
-    ignore_unused_parameters: Annotated[
-        Any, Later("a parameter without a gradient is an ordinary case here; there is no mode that raises", True)
+    find_unused_parameters: Annotated[
+        bool, Note("equivalent", "an old name; a parameter without a gradient is an ordinary case")
     ] = True
-    legacy_stage1: Annotated[Any, Later("there is one implementation of stage 1", False)] = False
+    ignore_unused_parameters: Annotated[
+        bool, Later("a parameter without a gradient is an ordinary case here; there is no mode that raises", True)
+    ] = True
+    legacy_stage1: Annotated[bool, Later("there is one implementation of stage 1", False)] = False
     round_robin_gradients: Annotated[bool, Note("harmless", "every rank owns an equal slice of every unit")] = False
-    zero_hpz_partition_size: Annotated[Any, Later(_ZEROPP, 1)] = 1
-    zero_quantized_weights: Annotated[Any, Later(_ZEROPP, False)] = False
-    zero_quantized_nontrainable_weights: Annotated[Any, Later(_ZEROPP, False)] = False
-    zero_quantized_gradients: Annotated[Any, Later(_ZEROPP, False)] = False
-    zeropp_loco_param: Annotated[Any, Later(_ZEROPP)] = None
-    mics_shard_size: Annotated[Any, Later("pass a mesh with a replicate and a shard axis instead", -1)] = -1
-    mics_hierarchical_params_gather: Annotated[Any, Later("hierarchical gathers are not there yet", False)] = False
+    zero_hpz_partition_size: Annotated[int, Field(ge=1), Later(_ZEROPP, 1)] = 1
+    zero_quantized_weights: Annotated[bool, Later(_ZEROPP, False)] = False
+    zero_quantized_nontrainable_weights: Annotated[bool, Later(_ZEROPP, False)] = False
+    zero_quantized_gradients: Annotated[bool, Later(_ZEROPP, False)] = False
+    zeropp_loco_param: Annotated[LocoConfig | None, Later(_ZEROPP)] = None
+    mics_shard_size: Annotated[
+        int, Field(ge=-1), Later("pass a mesh with a replicate and a shard axis instead", -1)
+    ] = -1
+    mics_hierarchical_params_gather: Annotated[bool, Later("hierarchical gathers are not there yet", False)] = False
     memory_efficient_linear: Annotated[bool, Note("harmless", "torch's own linear is used, which keeps no copy")] = True
     pipeline_loading_checkpoint: Annotated[bool, _files] = False
     override_module_apply: Annotated[bool, Note("harmless", "zs_zero.Init patches nothing that lasts")] = True
     log_trace_cache_warnings: Annotated[bool, Note("harmless", "there is no trace cache")] = False
     enable_sanity_checks: Annotated[bool, Note("equivalent", "the checks always run")] = False
-    save_muon_momentum_buffer_in_memory: Annotated[Any, Later("Muon is not there yet", False)] = False
-    leaf_module: Annotated[Any, Later("name the units by zs_zero.shard(units=...) instead")] = None
+    save_muon_momentum_buffer_in_memory: Annotated[
+        bool, Note("harmless", "Muon's momentum always stays in memory, with the rank that updates its matrix")
+    ] = False
+    leaf_module: Annotated[LeafModuleConfig | None, Later("name the units by zs_zero.shard(units=...) instead")] = None
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `zs_zero.shard` that this section decides."""
@@ -150,72 +142,86 @@ class ZeroConfig(DeepSpeedSection):
 
 
 class Bf16Config(DeepSpeedSection):
-    """`bf16` (or `bfloat16`): parameters and gradients in bfloat16, masters and optimizer states in fp32."""
+    """`bf16` (or `bfloat16`): parameters and gradients in bfloat16; masters and optimizer states in fp32, or too."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="train in bfloat16")
     immediate_grad_update: Annotated[bool, Note("harmless", "gradients are reduced as the stage wants it")] = False
-    check_grad_overflow: Annotated[
-        bool, Note("harmless", "a step with a non-finite gradient is taken, as torch takes it")
-    ] = True
-    bf16_master_weights_and_grads: Annotated[Any, Later("masters are fp32", False)] = False
-    bf16_optimizer_states: Annotated[Any, Later("optimizer states are fp32", False)] = False
+    check_grad_overflow: bool = Field(default=True, description="skip steps whose gradients are not finite")
+    bf16_master_weights_and_grads: bool = Field(
+        default=False, description="no fp32 masters: the bf16 weights are updated, from bf16 gradients"
+    )
+    bf16_optimizer_states: bool = Field(
+        default=False, description="optimizer states in bf16 too; false: fp32, and an update is computed in fp32"
+    )
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `zs_zero.shard` that this section decides."""
-        return {"dtype": torch.bfloat16} if self.enabled else {}
-
-
-_DEEPSPEED_ONLY = ("lamb", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd", "lion", "muon")
+        if not self.enabled:
+            return {}
+        options: dict[str, Any] = {"dtype": torch.bfloat16}
+        if self.check_grad_overflow:
+            options |= {"loss_scale": 1.0}
+        if self.bf16_master_weights_and_grads:
+            states = torch.bfloat16 if self.bf16_optimizer_states else torch.float32
+            options |= {"master_dtype": torch.bfloat16, "state_dtype": states}
+        return options
 
 
 class OptimizerConfig(TypeAndParams):
-    """`optimizer`: adam, adamw and adagrad in any spelling, or the exact name of another class of `torch.optim`."""
+    """`optimizer`: adam, adamw, adagrad, lamb, lion, muon in any spelling, or the exact name of a torch.optim class."""
 
-    legacy_fusion: Annotated[Any, Later("the 1-bit optimizers are not there yet", False)] = False
+    legacy_fusion: Annotated[bool, Note("harmless", "there is one implementation, with the same result")] = False
 
     @property
     def adam_is_adamw(self) -> bool:
         """Whether "Adam" is the type and stands for AdamW."""
         return (self.type or "").lower() == "adam" and self.given.get("adam_w_mode", True) is not False
 
+    def prepare(self, model: nn.Module) -> None:
+        """Before `factory()` is called on the model's parameters: marks those that Muon takes, by their names."""
+        if (self.type or "").lower() == "muon":
+            mark_for_muon(model)
+
     def factory(self) -> Callable[[Any], torch.optim.Optimizer] | None:
         """`callable(parameters)`; None where no type is given.
 
-        "Adam" is AdamW unless `adam_w_mode` is false, and there is no weight decay unless `params` names one; both as
-        in DeepSpeed. With `torch_adam` the defaults are torch's.
+        "Adam" is AdamW unless `adam_w_mode` is false, and there is no weight decay unless `params` names one; "Lamb"
+        corrects the step size, not the moments; all as in DeepSpeed. With `torch_adam` the defaults are torch's.
 
         Raises:
             ConfigError: an unknown type or parameter, or one whose feature is not there.
         """
         if self.type is None:
             return None
-        name, params = self.type, self.given
+        name, params, found = self.type, self.given, list[Problem]()
+        if name.lower() in REFUSED:
+            raise config_error([Problem(("type",), f"{name}: {REFUSED[name.lower()]}", kind="refused")])
         if "max_grad_norm" in params:
-            raise _problem("the optimizer does not clip; use the key gradient_clipping", "params", "max_grad_norm")
-        if name.lower() in _DEEPSPEED_ONLY:
-            raise _problem(f"{name} is not there yet", "type")
-        if name.lower() == "adagrad":
-            name = "Adagrad"
-        if name.lower() in ("adam", "adamw"):
-            params = _adam(params)
-            name = "AdamW" if name.lower() == "adamw" or self.adam_is_adamw else "Adam"
-        return self.maker("optimizer", classes_of(torch.optim, torch.optim.Optimizer), name, params)
-
-
-def _adam(params: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's parameters of Adam and AdamW as torch's."""
-    switches = {"torch_adam": False, "adam_w_mode": True, "bias_correction": True, "fp32_optimizer_states": True}
-    chosen = {key: params.pop(key, default) for key, default in switches.items()}
-    for key, value in chosen.items():
-        if not isinstance(value, bool):
-            raise _problem(f"Input should be true or false (got {value!r})", "params", key)
-    for key in ("bias_correction", "fp32_optimizer_states"):
-        if not chosen[key]:
-            raise _problem("false is not there yet", "params", key)
-    defaults = {} if chosen["torch_adam"] else {"weight_decay": 0.0}
-    kernel = {} if "foreach" in params else {"fused": True}
-    return {**defaults, **kernel, **params}
-
-
-def _problem(text: str, *path: str) -> ConfigError:
-    return config_error([Problem(path, text)])
+            text = "the optimizer does not clip; use the key gradient_clipping"
+            found.append(Problem(("params", "max_grad_norm"), text))
+            del params["max_grad_norm"]
+        for key, (value, why) in NOT_THERE.items() if name.lower() in NAMED else ():
+            if params.get(key) is value:
+                found.append(Problem(("params", key), why, kind="refused"))
+                del params[key]
+        classes: dict[str, Callable[..., Any]] = dict(classes_of(torch.optim, torch.optim.Optimizer))
+        if params.get("torch_adam") is True and name.lower() in ("adam", "adamw"):
+            name = "AdamW" if self.adam_is_adamw or name.lower() == "adamw" else "Adam"
+            for key in {"torch_adam", "adam_w_mode", "fp32_optimizer_states"} & params.keys():
+                value = params.pop(key)  # DeepSpeed's own, for an optimizer of torch
+                if not isinstance(value, bool):
+                    found.append(Problem(("params", key), f"Input should be true or false (got {shown(value)})"))
+            params |= {} if {"foreach", "fused"} & params.keys() else {"fused": True}
+        elif name.lower() in NAMED:
+            classes[name] = NAMED[name.lower()]
+            if name.lower() == "adamw" and params.get("adam_w_mode") is False:
+                del params["adam_w_mode"]
+        else:
+            classes |= {known.capitalize(): NAMED[known] for known in ("lamb", "lion")} | dict.fromkeys(REFUSED, object)
+        try:
+            make = self.maker("optimizer", classes, name, params)
+        except ConfigError as error:
+            raise config_error([*found, *(one for one in error.problems if isinstance(one, Problem))]) from None
+        if found:
+            raise config_error(found)
+        return make

@@ -210,9 +210,9 @@ class Gatherer:
                 unit.release()
         self._graph_kept = False
         self._ahead.clear()
-        self._drop_leaf_hooks()
+        self.drop_leaf_hooks()
 
-    def _drop_leaf_hooks(self) -> None:
+    def drop_leaf_hooks(self) -> None:
         for handle in self._leaf_hooks:
             handle.remove()
         self._leaf_hooks.clear()
@@ -259,7 +259,7 @@ class Gatherer:
             unit.calls.clear()
             unit.running.clear()
         self._graph_kept = False
-        self._drop_leaf_hooks()
+        self.drop_leaf_hooks()
         self.release_all()
 
 

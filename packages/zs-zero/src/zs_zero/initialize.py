@@ -83,7 +83,7 @@ class Init:
     Args:
         module: shard this existing module instead (then no `with` is needed).
         config_dict_or_path: a configuration: its `zero_optimization.stage` decides whether there is anything to do and
-            its `bf16.enabled` sets `dtype`.
+            its `bf16.enabled` or `fp16.enabled` sets `dtype`.
         mesh: the data-parallel ranks, as in `zs_zero.shard`.
         dtype: dtype of floating-point parameters after `zs_zero.shard`; they are built, and kept, in theirs before.
         enabled: False makes it do nothing.
@@ -221,7 +221,10 @@ def _read(config: Mapping[str, Any] | str | Path | None) -> tuple[int, torch.dty
         from zs_comm.jsonfile import read_json
 
         data, _ = read_json(config)
-    zero, bf16 = data.get("zero_optimization", {}), data.get("bf16", {})
+    zero = data.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
-    enabled = isinstance(bf16, Mapping) and bf16.get("enabled") is True
-    return stage, torch.bfloat16 if enabled else None
+    for name, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        section = data.get(name)
+        if isinstance(section, Mapping) and section.get("enabled") is True:
+            return stage, dtype
+    return stage, None

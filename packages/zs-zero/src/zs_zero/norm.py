@@ -18,14 +18,16 @@ def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Te
     by_slice: list[list[Tensor]] = []
     for flat in flats:
         by_slice = by_slice or [[] for _ in flat.held]
+        used, shard_numel = flat.used, flat.plan.shard_numel
         for held in flat.held_pieces():
-            if held.piece.index in flat.used:
-                by_slice[held.low // flat.plan.shard_numel].append(flat.gradient(held))
+            if held.piece.index in used:
+                by_slice[held.low // shard_numel].append(flat.gradient(held))
     sums = torch.zeros(slices, dtype=torch.float64)
     first = shard_group.rank if shard_group.size > 1 else 0
     for position, pieces in enumerate(by_slice):
         if pieces:
-            norms = torch.stack(torch._foreach_norm(pieces)).double()
+            dtype = torch.float32 if pieces[0].dtype in (torch.bfloat16, torch.float16) else None
+            norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=dtype)).double()
             sums[first + position] = norms.square().sum().cpu()
     if shard_group.size > 1:
         all_gather(sums, shard_group, label="gradient norm")

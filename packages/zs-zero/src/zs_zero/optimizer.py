@@ -2,63 +2,53 @@
 
 Order of a step, the same for every stage and precision:
 
-    finish reduction -> agree -> client's optimizer on the pieces -> write back -> gather (stages 1, 2) or release (3)
+    finish reduction -> overflow and norm -> skip, or unscale and clip -> client's optimizer on the pieces
+        -> write back -> gather (stages 1, 2) or release (3) -> update the loss scale
 """
 
-import abc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from zs_comm import ConfigError, Group, ZsError, agree, exchange
+from zs_comm import ConfigError, ZsError, agree
 
+from .access import ParameterAccess
 from .flat import Flat, HeldPiece
-from .optimizer_state import OptimizerState
+from .offload_states import StatesOffload
+from .optimizer_state import OptimizerState, whole_states
+from .placement import PieceSums
 from .plan import Plan
+from .sharded import ShardedOptimizer, TornError
+from .wide import WideStep
 
 if TYPE_CHECKING:
     from .runtime import Runtime
 
 
-class ShardedOptimizer(torch.optim.Optimizer, abc.ABC):
-    """What an engine, a checkpoint or a pipeline needs to know of an optimizer whose state is spread over ranks."""
-
-    stage: int
-    group: Group
-
-    @abc.abstractmethod
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Backwards inside accumulate locally and communicate nothing."""
-
-    @abc.abstractmethod
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scales the gradients to a global 2-norm of at most `max_norm`; returns the norm before (0-dim fp32)."""
-
-    @abc.abstractmethod
-    def abort_step(self) -> None:
-        """Drops this window's gradients: parameters, states and counters are as before it."""
-
-
-class TornError(ZsError, RuntimeError):
-    """The client's optimizer raised half-way: its state is neither the old nor the new one."""
-
-
-class ZeroOptimizer(ShardedOptimizer):
+class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
     """The client's optimizer over sharded state. `step()` ends an accumulation window.
 
     `param_groups` are the client's own dictionaries, so learning rates set on either object count for both, and a
-    scheduler may hold either. Gradients are consumed by `step()`.
+    scheduler may hold either. Gradients are consumed by `step()`. Those of an open window carry the loss scale; what is
+    read and written by parameter, and the norm, do not.
+
+    Attributes:
+        overflow: whether the last `step()` was skipped because of gradients that are not finite.
+        norm: the global norm in the last `step()`, before it clipped (0-dim fp32, CPU); None where it needed none.
     """
 
     def __init__(self, runtime: "Runtime", client: torch.optim.Optimizer | None) -> None:
         self._runtime = runtime
+        runtime.access = self
         self.inner = client
         self.stage = runtime.stage
         self.group = runtime.groups.dp
         self.torn = False
-        self._stepping = False
+        self.overflow = False
+        self.norm: Tensor | None = None
+        self._stepping = self._coalescing = False
         groups = client.param_groups if client is not None else [{"params": list(runtime.model.parameters())}]
         super().__init__(groups, dict(client.defaults) if client is not None else {})
         if client is None:
@@ -68,13 +58,21 @@ class ZeroOptimizer(ShardedOptimizer):
         self.state = client.state
         self._owned: list[tuple[Tensor, Flat, HeldPiece]] = []
         self._by_param: dict[int, list[tuple[Tensor, Flat, HeldPiece]]] = {}
+        self._placement = runtime.placement
         self._pieces = self._make_pieces(client)
+        self.wide = WideStep(client, self._owned, runtime.options.precision.seed)
+        if hasattr(client, "sum_pieces") and not runtime.whole_state:
+            client.sum_pieces = PieceSums(self._owned, runtime.trainable, runtime.groups.shard)
         self._guard = client.register_step_pre_hook(self._only_from_here)
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
         """Ends the window: reduces what is not reduced, updates this rank's pieces, spreads the new values.
+
+        Gradients are divided by the loss scale that they were made with, and clipped where `max_norm` is given (as
+        `clip_grad_norm_` does; infinity only computes `norm`). With a loss scale, gradients that are not finite on any
+        rank skip the step: `overflow` is True then, the window is dropped, and nothing else changes but the scale.
 
         A parameter without a gradient on any rank is left alone, as in torch. On an error before the update began,
         parameters and states are as before and `abort_step()` clears the window; after that the optimizer is `torn`.
@@ -88,8 +86,10 @@ class ZeroOptimizer(ShardedOptimizer):
         client = self._client("step")
         loss = None
         if closure is not None:
-            if not self._runtime.whole_state:
-                raise ConfigError("step(closure) needs whole parameters: stage 0")
+            if not self._runtime.whole_state or self.wide:
+                raise ConfigError("step(closure) needs whole parameters, with states in their dtype: stage 0")
+            if self._runtime.scaling.checks or max_norm is not None:
+                raise ConfigError("step(closure) evaluates many gradients, and takes neither loss_scale nor max_norm")
             inner_closure = closure
 
             def closure() -> Any:
@@ -101,22 +101,45 @@ class ZeroOptimizer(ShardedOptimizer):
 
         else:
             self._reduce()
+            self.norm, taken = self._runtime.gradients.decide(max_norm, self._runtime.drop_gradients)
+            self.overflow = not taken
+            if not taken:
+                return None
             self._runtime.take_writes(self._runtime.flats)
             self._set_gradients()
         self._stepping = self.torn = True
         error: Exception | None = None
         self._swap_in()
         try:
-            loss = client.step(closure) if closure is not None else client.step()
+            if self.wide:
+                self.wide(self._gradient_of)
+            else:
+                loss = client.step(closure) if closure is not None else client.step()
         except Exception as raised:
             error = raised
         finally:
             self._swap_out()
             self._stepping = False
         agree(self.group, error, what="optimizer step")
+        self._placement.give_back()
         self._runtime.after_update()
         self.torn = False
+        self._runtime.scaling.update(overflow=False)
         return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, to call `backward()` on; gradients have the scale of the time of that."""
+        return self._runtime.scaling.scale(loss)
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale; 1 where nothing is scaled."""
+        return self._runtime.scaling.value
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale changes."""
+        return self._runtime.scaling.dynamic
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, reduced ones too."""
@@ -132,6 +155,28 @@ class ZeroOptimizer(ShardedOptimizer):
         finally:
             self._runtime.sync = before
 
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Backwards inside keep whole local gradients, and the end reduces their sum once. Collective.
+
+        Stages 2 and 3 reduce after every backward otherwise. `step()` comes after the block, which may be repeated; an
+        exception inside leaves the gradients local.
+
+        Raises:
+            ConfigError: inside of itself or of `no_sync`, and for `step()` or a norm inside.
+        """
+        self.check_usable()
+        if not self._runtime.sync:
+            raise ConfigError("coalesce_grad_reduction() inside of itself or of no_sync(): one of them is enough")
+        self._coalescing = True
+        try:
+            with self.no_sync():
+                yield
+        finally:
+            self._coalescing = False
+        with torch.no_grad():
+            self._reduce()
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Reduces, then scales all gradients by `min(1, max_norm / (norm + 1e-6))`, as torch's function does.
@@ -140,15 +185,7 @@ class ZeroOptimizer(ShardedOptimizer):
         and raises at stage 3). Returns the norm before clipping (0-dim fp32, CPU).
         """
         norm = self.grad_norm()
-        factor = max_norm / (float(norm) + 1e-6)
-        if not factor >= 1.0:  # also for a norm that is not a number: torch spreads it, and so do we
-            for flat in self._runtime.trainable:
-                if flat.grad is not None:
-                    flat.grad.mul_(factor)
-                else:
-                    for param in flat.params:
-                        if param.grad is not None:
-                            param.grad.mul_(factor)
+        self._runtime.gradients.clip_(norm, max_norm)
         return norm
 
     @torch.no_grad()
@@ -156,7 +193,7 @@ class ZeroOptimizer(ShardedOptimizer):
         """The global 2-norm of the window's mean gradient (0-dim fp32, CPU). Collective."""
         self.check_usable()
         self._reduce()
-        return self._runtime.grad_norm()
+        return self._runtime.gradients.norm()
 
     def abort_step(self) -> None:
         """Drops this window after an exception. Collective where reductions are under way.
@@ -175,123 +212,55 @@ class ZeroOptimizer(ShardedOptimizer):
     def model(self) -> nn.Module:
         return self._runtime.model
 
-    def close(self) -> None:
-        """Removes all hooks and makes parameters and the client's optimizer whole and ordinary again. Collective."""
+    def close(self, *, states: bool = True, parameters: bool = True) -> None:
+        """Removes all hooks and makes parameters and the client's optimizer whole and ordinary again. Collective.
+
+        An open window is dropped, and with it every buffer; after that this object refuses every call.
+
+        Args:
+            states: False drops the optimizer's states (as happens to those of a torn optimizer), and gathers none.
+            parameters: False gathers nothing at all and is local, so that a rank may call it after an error: at stage 3
+                the parameters' values are gone then.
+        """
         if self._runtime.closed:
             return
+        self._runtime.offloaded.reload(non_blocking=False)
+        if parameters:
+            self._runtime.abort()
         if self.inner is not None:
             self._guard.remove()
-            self._give_back_state(self.inner)
-        self._runtime.close()
-
-    def _give_back_state(self, client: torch.optim.Optimizer) -> None:
-        mine = {key for piece, _, _ in self._owned for key in client.state.get(piece, {})}
-        known = exchange("\n".join(sorted(mine)).encode(), self.group, label="names of states")
-        keys = sorted({key for names in known for key in names.decode().split("\n") if key})
-        whole: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for group in client.param_groups:
-            for param in group["params"]:
-                if not self._runtime.is_ignored(param):
-                    states = {key: self.full_state(param, key) for key in keys} if param.requires_grad else {}
-                    whole[param] = {key: value for key, value in states.items() if value is not None}
-        for piece, _, _ in self._owned:
-            client.state.pop(piece, None)
-        client.state.update({param: states for param, states in whole.items() if states})
-
-    # -- by parameter -------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def full_param(self, param: nn.Parameter) -> Tensor:
-        """`param`'s master value, whole, in the masters' dtype (fp32 for 16-bit parameters). Collective."""
-        flat, _ = self._flat_of(param)
-        self._runtime.take_writes([flat])
-        source = flat.master if flat.master is not None else flat.shard
-        return self._runtime.whole_of(flat, param, source.to(flat.master_dtype))
-
-    @torch.no_grad()
-    def set_full_param(self, param: nn.Parameter, value: Tensor) -> None:
-        """Sets `param` (master and model value) to `value`, the same on every rank."""
-        flat, _ = self._flat_of(param)
-        self._runtime.set_value(flat, param, flat.like(param, value))
-
-    @torch.no_grad()
-    def full_grad(self, param: nn.Parameter) -> Tensor | None:
-        """`param`'s mean gradient over ranks and micro-steps, whole; None where it got none. Collective."""
-        flat, index = self._flat_of(param)
-        self._reduce()
-        if index not in flat.used:
-            return None
-        if flat.grad is None:
-            return None if param.grad is None else param.grad.detach().clone()
-        return self._runtime.whole_of(flat, param, flat.grad)
-
-    @torch.no_grad()
-    def set_full_grad(self, param: nn.Parameter, value: Tensor) -> None:
-        """Replaces `param`'s mean gradient for the coming step, the same on every rank. Collective."""
-        flat, index = self._flat_of(param)
-        self._reduce()
-        value = flat.like(param, value)
-        if flat.grad is None and self.group.size == 1 and not flat.sixteen_bit:
-            param.grad = value.reshape(param.shape).clone()
-        else:
-            if flat.grad is None:
-                flat.grad = torch.zeros(flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device)
-            for held in flat.held_pieces():
-                if held.param is param:
-                    flat.grad[held.low : held.high].copy_(value[held.piece.start : held.piece.stop])
-        flat.used.add(index)
-
-    @torch.no_grad()
-    def full_state(self, param: nn.Parameter, key: str) -> Tensor | None:
-        """The optimizer state `key` of `param`, whole in its shape (or as it is when not element-wise). Collective.
-
-        None while the state does not exist (before the parameter's first update).
-        """
-        flat, _ = self._flat_of(param)
-        held_state = torch.zeros(flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device)
-        scalar: Any = None
-        known = False
-        for piece, _, held in self._by_param.get(id(param), []):
-            value = self.state.get(piece, {}).get(key)
-            if isinstance(value, Tensor) and value.numel() == piece.numel() and value.dim() > 0:
-                held_state[held.low : held.high].copy_(value.reshape(-1))
-                known = True
-            elif value is not None:
-                scalar = value
-        flags = self._runtime.anywhere([known, scalar is not None])
-        if flags[0]:
-            return self._runtime.whole_of(flat, param, held_state)
-        if flags[1]:
-            return self._runtime.scalar_anywhere(scalar)
-        return None
-
-    @torch.no_grad()
-    def set_full_state(self, param: nn.Parameter, key: str, value: Tensor) -> None:
-        """Sets the optimizer state `key` of `param` from a whole tensor (or a scalar one), the same on every rank."""
-        flat, _ = self._flat_of(param)
-        whole = value.numel() == param.numel() and value.dim() > 0
-        for piece, _, held in self._by_param.get(id(param), []):
-            if whole:
-                part = value.reshape(-1)[held.piece.start : held.piece.stop].to(flat.whole.device, flat.master_dtype)
-                self.state[piece][key] = part.reshape(piece.shape).clone()
-            else:
-                self.state[piece][key] = value.clone()
+            if states and parameters and not self.torn:
+                pieces = [piece for piece, _, _ in self._owned]
+                self.inner.state.update(whole_states(self, self.inner, self._runtime, pieces))
+            for piece, _, _ in self._owned:
+                self.inner.state.pop(piece, None)
+            self._owned, self._by_param, self._pieces = [], {}, []
+            client: Any = self.inner
+            if isinstance(getattr(client, "sum_pieces", None), PieceSums):
+                client.sum_pieces = None
+        self._runtime.close(gather=parameters)
 
     # -- state of this rank -------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part, as the client's optimizer gives it (pieces in the place of parameters)."""
+        """This rank's part, as the client's optimizer gives it (pieces for parameters); and `loss_scale`, if any."""
         self._check_torn()
         with self._swapped():
-            return self._client("state_dict").state_dict()
+            state = self._client("state_dict").state_dict()
+        scale = self._runtime.scaling.state_dict()
+        return state | ({"loss_scale": scale} if scale else {}) | ({"updates": self.wide.updates} if self.wide else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave on the same rank of the same layout. Ends a torn state."""
         client = self._client("load_state_dict")
-        with self._swapped():
-            client.load_state_dict(state_dict)
+        own = {key: value for key, value in state_dict.items() if key not in ("loss_scale", "updates")}
+        with self._swapped(), self.wide.as_states():
+            client.load_state_dict(own)
             for group, loaded in zip(self.param_groups, client.param_groups, strict=True):
                 group.update(loaded)  # schedulers and users keep the dictionaries they have
             client.param_groups = self.param_groups
         self.state = client.state
+        self._runtime.scaling.load_state_dict(state_dict.get("loss_scale", {}))
+        self.wide.updates = state_dict.get("updates", 0)
         self.torn = False
 
     def __zs_shardable__(self) -> OptimizerState:
@@ -312,12 +281,17 @@ class ZeroOptimizer(ShardedOptimizer):
             if master is None:
                 raise RuntimeError(f"{flat.name}: a trainable flat buffer without a master")
             for held in flat.owned():
+                if self._placement.owner(held.param) is not None:
+                    continue
                 part = master[held.low : held.high]
                 if part.numel() == held.param.numel():
                     part = part.view(held.param.shape)  # a client's optimizer may have made state of this shape already
                 owned = (part, flat, held)
                 self._by_param.setdefault(id(held.param), []).append(owned)
                 self._owned.append(owned)
+        for owned in self._placement.pieces():
+            self._by_param[id(owned[2].param)] = [owned]
+            self._owned.append(owned)
         grouped = []
         for group in client.param_groups:
             pieces: list[Tensor] = []
@@ -331,18 +305,32 @@ class ZeroOptimizer(ShardedOptimizer):
                     pieces.append(piece)
                     if state:  # the client's optimizer has stepped before: its state is cut like the parameter
                         client.state[piece] = {key: held.cut(value, piece) for key, value in state.items()}
+                        flat.keep_state(client.state[piece], piece)
             grouped.append(pieces)
         return grouped
 
     def _set_gradients(self) -> None:
+        self._placement.bring()
         for piece, flat, held in self._owned:
-            dropped = flat.grad is None and held.param.grad is None  # by model.zero_grad()
-            used = held.piece.index in flat.used and not dropped
-            piece.grad = flat.gradient(held).view(piece.shape) if used else None
+            if not flat.kept.widened:
+                grad = self._gradient_of(flat, held)
+                if grad is not None:
+                    if grad.dim() != piece.dim():  # 1-d, or shaped as the parameter; a test is cheaper than a view
+                        grad = grad.view_as(piece)
+                    if grad.dtype != piece.dtype:
+                        grad = grad.to(piece.dtype)
+                piece.grad = grad
+
+    def _gradient_of(self, flat: Flat, held: HeldPiece) -> Tensor | None:
+        dropped = flat.grad is None and held.param.grad is None  # by model.zero_grad()
+        return None if dropped or held.piece.index not in flat.used else flat.gradient(held)
 
     def _reduce(self) -> None:
+        if self._coalescing:
+            raise ConfigError("gradients are local inside coalesce_grad_reduction(): call this after it")
         self._runtime.check_no_backward("step")
         self._runtime.check_frozen()
+        self._runtime.scaling.check_window()
         self._runtime.reducer.flush()
 
     @contextmanager
@@ -355,6 +343,7 @@ class ZeroOptimizer(ShardedOptimizer):
 
     def _swap_in(self) -> None:
         """Between steps the groups list the model's parameters, as the client made them; in a step, the pieces."""
+        self._runtime.offloaded.check()
         self._listed = [group["params"] for group in self.param_groups]
         for group, pieces in zip(self.param_groups, self._pieces, strict=True):
             group["params"] = pieces
@@ -374,15 +363,12 @@ class ZeroOptimizer(ShardedOptimizer):
             raise ConfigError(f"{call}() needs an optimizer, and zs_zero.shard was given none")
         return self.inner
 
-    def _flat_of(self, param: nn.Parameter) -> tuple[Flat, int]:
-        self._check_torn()
-        return self._runtime.flat_of(param)
-
     def check_usable(self) -> None:
         self._check_torn()
         if self._runtime.closed:
             raise ConfigError("this optimizer was closed: shard the model again")
         self._runtime.check_no_backward("this call")
+        self._runtime.offloaded.check()
 
     def _check_torn(self) -> None:
         if self.torn and not self._stepping:

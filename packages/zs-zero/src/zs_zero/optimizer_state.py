@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from zs_comm import ConfigError
+from zs_comm import ConfigError, exchange
 
 from .checkpoint import misfit, place_own, replica_of
-from .flat import Flat, HeldPiece
+from .flat import Flat, HeldPiece, is_element_wise
 from .parts import PROTOCOL, Piece, TensorSpec, parts_of, whole_part
 from .runtime import Runtime
 from .window import LOCAL, REDUCED, Window
@@ -56,7 +56,7 @@ class OptimizerState:
                     part = value.detach().contiguous().view(-1)
                     whole = TensorSpec(full, spec.shape, value.dtype)
                     yield from parts_of(whole, held.piece.start, part, replica=replica, replicas=replicas)
-                elif not value.dim() or self._runtime.whole_state:
+                elif not value.dim() or self._runtime.whole_state or held.gathered is not None:
                     if held.piece.start == 0:
                         whole = TensorSpec(full, tuple(value.shape), value.dtype)
                         yield whole_part(whole, value.detach().contiguous(), replica=replica, replicas=replicas)
@@ -98,6 +98,8 @@ class OptimizerState:
         return {
             "world": self._runtime.groups.dp.size,
             "class": type(self._client).__name__,
+            "updates": self._optimizer.wide.updates,
+            "loss_scale": self._runtime.scaling.state_dict(),
             "numbers": dict(sorted(numbers.items())),
             "param_groups": [
                 {"params": [names[id(p)] for p in group["params"]]} | _plain(group, number)
@@ -118,6 +120,7 @@ class OptimizerState:
     def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece]:
         if self._client is None:
             return
+        self._runtime.offloaded.check()
         self._match(saved, objects)
         self._loaded, self._window = [], Window(self._runtime)
         by_name: dict[str, list[str]] = {}
@@ -131,32 +134,33 @@ class OptimizerState:
             for key in by_name.get(spec.name, []):
                 whole = saved[f"{key}/{spec.name}"]
                 if tuple(whole.shape) == spec.shape:
-                    value = self._place(piece, key, whole, piece.shape, group)
+                    value = self._place(piece, key, whole, piece.shape, group, flat.kept.state)
                     part = TensorSpec(whole.name, spec.shape, value.dtype)
                     yield from parts_of(part, held.piece.start, value.view(-1))
                 else:
-                    value = self._place(piece, key, whole, whole.shape, group)
+                    dtype = whole.dtype if flat.kept.widened else piece.dtype
+                    value = self._place(piece, key, whole, whole.shape, group, dtype)
                     yield whole_part(TensorSpec(whole.name, tuple(whole.shape), value.dtype), value)
         same_world = objects.get("world") == self._runtime.groups.dp.size
         for name, param in self._runtime.ignored().items():
             for key in by_name.get(name, []):
                 whole = saved[f"{key}/{name}"]
-                value = self._place(param, key, whole, whole.shape, groups[id(param)])
+                value = self._place(param, key, whole, whole.shape, groups[id(param)], param.dtype)
                 yield place_own(value, saved, whole.name, own=same_world)
         yield from self._window.places(saved, int(objects.get("world", 1)))
 
     def _place(
-        self, key: Tensor, name: str, saved: TensorSpec, shape: Sequence[int], group: Mapping[str, Any]
-    ) -> Tensor:
-        """The state that there is, or a new one: where and in what dtype torch's `load_state_dict` would make it."""
+        self, key: Tensor, name: str, saved: TensorSpec, shape: Sequence[int], group: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """The state that there is, or a new one: where torch's `load_state_dict` would make it; numbers in `dtype`."""
         value = self._client.state.get(key, {}).get(name) if self._client is not None else None
         if not isinstance(value, Tensor) or value.shape != torch.Size(shape) or not value.is_contiguous():
-            dtype, device = saved.dtype, key.device
+            device = key.device
             if name == "step":
                 device = device if group.get("capturable") or group.get("fused") else torch.device("cpu")
-            elif saved.dtype.is_floating_point and key.is_floating_point() and len(saved.shape):
-                dtype = key.dtype
-            value = torch.zeros(tuple(shape), dtype=dtype, device=device)
+            numbers = name != "step" and saved.dtype.is_floating_point and dtype.is_floating_point and len(saved.shape)
+            value = torch.zeros(tuple(shape), dtype=dtype if numbers else saved.dtype, device=device)
         self._loaded.append((key, name, value))
         return value
 
@@ -171,6 +175,7 @@ class OptimizerState:
         if len(theirs) != len(mine):
             problems.append(f"{len(theirs)} parameter groups, the optimizer has {len(mine)}")
         frozen = self._runtime.plan.frozen  # they have no state, in whatever group they are
+        cut = set() if self._runtime.whole_state else shapes.keys() - self._runtime.plan.owners
         for number, (there, here) in enumerate(zip(theirs, mine, strict=False)):
             own = {names[id(param)] for param in here["params"]} - frozen
             if differing := sorted(own ^ (set(there["params"]) - frozen)):
@@ -182,7 +187,7 @@ class OptimizerState:
                 continue
             if name not in shapes:
                 problems.append(f"{full}: there is no such parameter")
-            elif tuple(spec.shape) not in ((), shapes[name]) and not self._runtime.whole_state:
+            elif tuple(spec.shape) not in ((), shapes[name]) and name in cut:
                 problems.append(f"{full}: shape {tuple(spec.shape)} fits whole parameters only (stage 0)")
         if problems:
             raise misfit("the optimizer", problems)
@@ -209,9 +214,34 @@ class OptimizerState:
             take_group(group, there)
         if objects.get("class") != type(self._client).__name__:
             log.warning("states of %s were loaded into %s", objects.get("class"), type(self._client).__name__)
-        self._window.take(int(objects.get("world", 1)))
+        self._optimizer.wide.updates = int(objects.get("updates", 0))
+        scaling, scaled = self._runtime.scaling, objects.get("loss_scale", {})
+        scaling.load_state_dict(scaled)
+        self._window.take(int(objects.get("world", 1)), scaling.value / scaled.get("value", 1.0))
         self._loaded = []
         self._optimizer.torn = False
+
+
+def whole_states(
+    optimizer: ZeroOptimizer, client: torch.optim.Optimizer, runtime: Runtime, pieces: Sequence[Tensor]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The client's states as they would be unsharded, by parameter. Collective."""
+    mine = {key for piece in pieces for key in client.state.get(piece, {})}
+    known = exchange("\n".join(sorted(mine)).encode(), optimizer.group, label="names of states")
+    keys = sorted({key for names in known for key in names.decode().split("\n") if key})
+    ignored = {id(param) for param in runtime.ignored().values()}
+    whole: dict[Tensor, dict[str, Tensor]] = {}
+    for group in client.param_groups:
+        for param in group["params"]:
+            if id(param) not in ignored and param.requires_grad:
+                states = {key: optimizer.full_state(param, key) for key in keys}
+                whole[param] = {key: value for key, value in states.items() if value is not None}
+    cut = {key for param, states in whole.items() for key, value in states.items() if is_element_wise(value, param)}
+    for param, own in whole.items():
+        kept = runtime.flat_of(param)[0].kept
+        if kept.master == param.dtype:  # no masters are left behind: the client goes on with the parameter
+            own |= {key: value.to(kept.state) for key, value in own.items() if key in cut}
+    return {param: states for param, states in whole.items() if states}
 
 
 def take_group(group: dict[str, Any], saved: Mapping[str, Any]) -> None:

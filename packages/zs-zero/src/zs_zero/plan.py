@@ -31,6 +31,9 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool = True
+    whole: bool = False  # its optimizer needs it in one piece: one slice's rank updates all of it
+    wire: torch.dtype | None = None  # of its gradient on the way; None: as all others
+    rows: bool = False  # few rows of its gradient are not 0, and only those travel
 
     @property
     def numel(self) -> int:
@@ -80,6 +83,16 @@ class FlatPlan:
     @property
     def padded_numel(self) -> int:
         return self.shard_numel * self.slices
+
+    @property
+    def rows(self) -> bool:
+        """Whether only those rows of gradients travel that some rank touched."""
+        return self.entries[0].spec.rows
+
+    @property
+    def wire(self) -> torch.dtype | None:
+        """The dtype of gradients on the way, where it is not that of all others."""
+        return self.entries[0].spec.wire
 
     @property
     def numel(self) -> int:
@@ -133,6 +146,22 @@ class Plan:
         """Names of the parameters that are not trained."""
         return frozenset(e.spec.name for flat in self.flats() if not flat.trainable for e in flat.entries)
 
+    @property
+    def owners(self) -> dict[str, int]:
+        """{name of each parameter that is updated whole: the slice whose rank does it}.
+
+        The largest first, each to the slice with the fewest elements so far: no slice gets more than the mean and the
+        largest parameter together.
+        """
+        whole = [e.spec for flat in self.flats() if flat.trainable for e in flat.entries if e.spec.whole]
+        loads = [0] * self.slices
+        owners = {}
+        for spec in sorted(whole, key=lambda spec: -spec.numel):
+            owner = loads.index(min(loads))
+            loads[owner] += spec.numel
+            owners[spec.name] = owner
+        return owners
+
     def flats(self) -> Iterator[FlatPlan]:
         for unit in self.units:
             yield from unit.flats
@@ -149,13 +178,41 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Move:
+    """A piece on its way from the slice that stores it to the one whose rank updates its parameter whole."""
+
+    flat: int  # position in `Plan.flats()`
+    piece: Piece
+    source: int
+    owner: int
+    at: int  # place in the message from `source` to `owner`
+
+
+def moves_of(plan: Plan) -> list[Move]:
+    """All pieces of the parameters that are updated whole. Messages are packed: pieces follow one another in order."""
+    owners, ends = plan.owners, dict[tuple[int, int], int]()
+    moves = []
+    for number, flat in enumerate(plan.flats()):
+        if not any(entry.spec.name in owners for entry in flat.entries):
+            continue
+        for source in range(plan.slices):
+            for piece in flat.pieces(source):
+                owner = owners.get(flat.entries[piece.index].spec.name)
+                if owner is not None:
+                    at = ends.get((source, owner), 0)
+                    ends[source, owner] = at + piece.numel
+                    moves.append(Move(number, piece, source, owner, at))
+    return moves
+
+
 def plan_flat(specs: Sequence[ParamSpec], *, slices: int) -> FlatPlan:
-    """Lays parameters of one dtype and trainability out in one flat buffer.
+    """Lays parameters of one kind (dtype, trainability, dtype of the gradient's way) out in one flat buffer.
 
     Raises:
-        ValueError: for no parameter, or for parameters of different dtype or trainability.
+        ValueError: for no parameter, or for parameters of different kinds.
     """
-    if not specs or len({(spec.dtype, spec.trainable) for spec in specs}) != 1:
+    if not specs or len({_kind(spec) for spec in specs}) != 1:
         raise ValueError("a flat buffer holds at least one parameter, all of one dtype and trainability")
     align = ALIGN_NBYTES // specs[0].dtype.itemsize
     entries, offset = [], 0
@@ -179,10 +236,14 @@ def make_plan(units: Sequence[tuple[str, Sequence[str], Sequence[ParamSpec]]], *
             if spec.name in seen:
                 raise ValueError(f"parameter {spec.name!r} is in two units")
             seen.add(spec.name)
-        kinds = dict.fromkeys((spec.dtype, spec.trainable) for spec in specs)
-        parts = [p for kind in kinds for p in _apart([s for s in specs if (s.dtype, s.trainable) == kind])]
+        kinds = dict.fromkeys(_kind(spec) for spec in specs)
+        parts = [p for kind in kinds for p in _apart([s for s in specs if _kind(s) == kind])]
         planned.append(UnitPlan(name, tuple(modules), tuple(plan_flat(part, slices=slices) for part in parts)))
     return Plan(tuple(planned), slices)
+
+
+def _kind(spec: ParamSpec) -> tuple[torch.dtype, bool, torch.dtype | None, bool]:
+    return spec.dtype, spec.trainable, spec.wire, spec.rows
 
 
 def _apart(specs: list[ParamSpec]) -> list[list[ParamSpec]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from zs_comm import Group, Work, all_reduce, reduce_scatter
 
 from .flat import Flat
+from .standing import Standing
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Groups:
     # Values travel on a channel of their own: gathers follow the model and reductions the plan, and where a gradient
     # is missing on one rank the two streams interleave differently there.
     gather: Group
+    others: tuple[Group, ...] = ()  # axes of more than one rank along which the model itself is spread
 
     @classmethod
-    def of(cls, dp: Group, shard: Group, replicate: Group) -> "Groups":
-        return cls(dp, shard, replicate, shard.channel(1) if shard.size > 1 else shard)
+    def of(cls, dp: Group, shard: Group, replicate: Group, others: tuple[Group, ...] = ()) -> "Groups":
+        return cls(dp, shard, replicate, shard.channel(1) if shard.size > 1 else shard, others)
 
     def set_checked(self, checked: bool) -> None:
         for group in (self.dp, self.shard, self.replicate, self.gather):
@@ -46,6 +48,7 @@ class Bucket:
     """The gradients of one trainable flat on their way."""
 
     flat: Flat
+    standing: Standing
     expected: set[int]  # the parameters to wait for: those used last time, on any rank
     buffer: Tensor | None = None  # (padded_numel,) in the wire's dtype
     filled: set[int] = field(default_factory=set)  # parameters in `buffer`
@@ -66,7 +69,7 @@ class Reducer:
         post_factor: float,
     ) -> None:
         self.groups = groups
-        self.buckets = [Bucket(flat, set(range(len(flat.params)))) for flat in flats]
+        self.buckets = [Bucket(flat, Standing(flat), set(range(len(flat.params)))) for flat in flats]
         self._order = list(reversed(self.buckets))
         # at the step whole gradients stand around already: what needs no buffer goes first and makes room for the rest
         self._step_order = sorted(self._order, key=lambda b: (len(b.flat.params) > 1, b.flat.plan.padded_numel))
@@ -83,7 +86,7 @@ class Reducer:
     def add(self, flat: Flat, index: int, grad: Tensor) -> None:
         """Takes over parameter `index`'s gradient of this backward, and reduces what is complete."""
         bucket = self._bucket_of[id(flat)]
-        self._fill(bucket, index, grad)
+        self._fill(bucket, index, bucket.standing.with_new(index, grad))
         bucket.fired.add(index)
         if not bucket.issued and bucket.expected <= bucket.filled:
             self._issue_complete()
@@ -115,13 +118,38 @@ class Reducer:
                 self._issue(bucket)
             self._cursor += 1
 
+    # -- gradients that were not reduced yet --------------------------------------------------------------------------
+    def keep(self, flat: Flat, index: int) -> None:
+        """See `Standing.keep`."""
+        self._bucket_of[id(flat)].standing.keep(index)
+
+    def standing(self, flat: Flat, index: int) -> Tensor | None:
+        """This rank's gradient of parameter `index` that was not reduced yet, in the parameter's shape."""
+        return self._bucket_of[id(flat)].standing.get(index)
+
+    def set_standing(self, flat: Flat, index: int, grad: Tensor) -> None:
+        """Makes `grad` (in the parameter's shape, or flat) what `standing` gives."""
+        self._bucket_of[id(flat)].standing.put(index, grad)
+
+    def take_standing(self) -> list[tuple[Flat, int, Tensor]]:
+        """Gives away what `standing` gives, of all parameters."""
+        found = []
+        for bucket in self.buckets:
+            for index, param in enumerate(bucket.flat.params):
+                grad = bucket.standing.get(index)
+                if grad is not None:
+                    found.append((bucket.flat, index, grad))
+                param.grad = None
+            bucket.standing.clear()
+        return found
+
     # -- at the step --------------------------------------------------------------------------------------------------
     def flush(self) -> None:
-        """Reduces every gradient that still stands in its parameter (`p.grad`), then waits for all reductions."""
-        standing = [{i for i, p in enumerate(b.flat.params) if p.grad is not None} for b in self.buckets]
+        """Reduces every gradient that still stands here (`standing`), then waits for all reductions."""
+        standing = [bucket.standing.indices() for bucket in self.buckets]
         if self.groups.dp.size == 1:
             for bucket, indices in zip(self.buckets, standing, strict=True):
-                self._keep_local(bucket.flat, indices)
+                self._keep_local(bucket, indices)
             return
         used, _ = self._agree_on_use(standing)
         room = 0  # bytes of gradients that are gone, less those of the shards that came for them
@@ -131,11 +159,8 @@ class Reducer:
                 flat = bucket.flat
                 nbytes = flat.plan.padded_numel * self._wire_dtype(flat).itemsize
                 self._ahead = int(room >= 2 * nbytes)
-                room += nbytes - flat.held_numel * flat.master_dtype.itemsize
-                for index, param in enumerate(bucket.flat.params):
-                    if param.grad is not None:
-                        self._fill(bucket, index, param.grad)
-                        param.grad = None
+                room += nbytes - flat.held_numel * flat.grad_dtype.itemsize
+                self._fill_standing(bucket)
                 self._issue(bucket)
                 bucket.issued = False
                 bucket.flat.used |= used[id(bucket)]
@@ -149,34 +174,59 @@ class Reducer:
             self._finish_oldest()
         self._ahead = 1
 
-    def _keep_local(self, flat: Flat, indices: set[int]) -> None:
-        """One rank: the sum is the gradient itself. Only 16-bit ones move, for the fp32 masters."""
+    def _fill_standing(self, bucket: Bucket) -> None:
+        """Everything that stands here into the buffer of a reduction; kept gradients in the wire's dtype are one."""
+        flat = bucket.flat
+        for index, param in enumerate(flat.params):
+            if flat.kept.accumulates:
+                bucket.standing.keep(index)
+            elif param.grad is not None:
+                self._fill(bucket, index, param.grad)
+                param.grad = None
+        sums = bucket.standing
+        if sums.buffer is not None:
+            if bucket.buffer is None and sums.buffer.dtype == self._wire_dtype(flat):
+                self._make_room()
+                bucket.buffer, bucket.filled = sums.buffer, set(sums.inside)
+            else:
+                for index in sums.inside:
+                    self._fill(bucket, index, sums.view(index))
+            sums.clear()
+
+    def _keep_local(self, bucket: Bucket, indices: set[int]) -> None:
+        """One rank: the sum is the gradient itself. It moves where it is to be in another dtype."""
+        flat = bucket.flat
         before, flat.used = flat.used, flat.used | indices
         for index in indices:
             grad = flat.params[index].grad
             if grad is not None and grad.layout != torch.strided:
                 flat.params[index].grad = grad.to_dense()
-        if not flat.sixteen_bit or not indices:
+        if flat.leaves_gradients or not indices:
             return
         if flat.grad is None:
-            flat.grad = torch.zeros(flat.held_numel, dtype=torch.float32, device=flat.whole.device)
+            flat.grad = torch.zeros(flat.held_numel, dtype=flat.grad_dtype, device=flat.whole.device)
         for index in indices:
-            param, view = flat.params[index], flat.grad[flat.plan.entries[index].offset : flat.plan.entries[index].stop]
-            if param.grad is not None:
-                view.add_(param.grad.detach().reshape(-1))
+            grad, entry = bucket.standing.get(index), flat.plan.entries[index]
+            if grad is not None:
+                view = flat.grad[entry.offset : entry.stop]
+                view.add_(grad.detach().reshape(-1))
                 if index in before:
-                    view.copy_(view.to(flat.plan.dtype))
-                param.grad = None
+                    view.copy_(view.to(flat.kept.accum))
+                flat.params[index].grad = None
+        bucket.standing.clear()
 
-    def drop(self) -> None:
+    def drop(self, *, wait: bool = True) -> None:
         """Forgets all gradients: after the step, or when it is aborted (reductions under way are waited for)."""
         while self._in_flight:
-            self._in_flight.popleft()[2].wait()
+            work = self._in_flight.popleft()[2]
+            if wait:
+                work.wait()
         self._cursor = 0
         self._spare.clear()
         for bucket in self.buckets:
             bucket.buffer, bucket.issued = None, False
             bucket.filled.clear()
+            bucket.standing.clear()
             bucket.fired.clear()
             bucket.flat.grad = None
             bucket.flat.used = set()
@@ -212,7 +262,8 @@ class Reducer:
         return torch.empty(numel, dtype=dtype, device=flat.whole.device)
 
     def _wire_dtype(self, flat: Flat) -> torch.dtype:
-        return flat.plan.dtype if self._reduce_dtype is None or flat.plan.dtype.is_complex else self._reduce_dtype
+        wire = flat.plan.wire or self._reduce_dtype
+        return flat.plan.dtype if wire is None or flat.plan.dtype.is_complex else wire
 
     def _make_room(self) -> None:
         while len(self._in_flight) > self._ahead:
@@ -231,16 +282,18 @@ class Reducer:
                 buffer[entry.offset : entry.stop].zero_()
         bucket.buffer, bucket.issued = None, True
         bucket.filled.clear()
+        if flat.plan.rows:
+            self._arrived(flat, self._sum_rows(flat, buffer))
+            return
         if self.groups.shard.size == 1:
             work = all_reduce(
                 buffer, self.groups.replicate, op="sum", pre_factor=self._pre_factor, post_factor=self._post_factor,
                 label=flat.name, async_op=True,
             )  # fmt: skip
         else:
-            replicated = self.groups.replicate.size > 1
             work = reduce_scatter(
                 buffer, self.groups.shard, op="sum", pre_factor=self._pre_factor,
-                post_factor=None if replicated else self._post_factor, label=flat.name, async_op=True,
+                post_factor=self._post_factors(buffer.dtype)[0], label=flat.name, async_op=True,
             )  # fmt: skip
         self._in_flight.append((flat, buffer, work))
 
@@ -249,16 +302,51 @@ class Reducer:
         reduced = work.wait()
         result = buffer if reduced is None else reduced
         if self.groups.shard.size > 1 and self.groups.replicate.size > 1:
-            all_reduce(result, self.groups.replicate, op="sum", post_factor=self._post_factor, label=flat.name)
+            factor = self._post_factors(result.dtype)[1]
+            all_reduce(result, self.groups.replicate, op="sum", post_factor=factor, label=flat.name)
         if self._ahead and result is not buffer:
             self._spare.append(buffer)
         del work, buffer, reduced
+        self._arrived(flat, result)
+
+    def _arrived(self, flat: Flat, result: Tensor) -> None:
         if flat.grad is None:
-            flat.grad = result.to(flat.master_dtype)
+            flat.grad = result.to(flat.grad_dtype)
         else:
             flat.grad.add_(result)
-            if flat.sixteen_bit:  # micro-steps accumulate in the gradients' own dtype, as in torch
-                flat.grad.copy_(flat.grad.to(flat.plan.dtype))
+            flat.round_gradient()
+
+    def _sum_rows(self, flat: Flat, buffer: Tensor) -> Tensor:
+        """This rank's part of the sum, of which only the rows travel that any rank touched: elsewhere it is 0.
+
+        The same arithmetic as for all rows, so the same bits.
+        """
+        shard, replicate = self.groups.shard, self.groups.replicate
+        tables = [buffer[entry.offset : entry.stop].view(entry.spec.shape) for entry in flat.plan.entries]
+        touched = torch.cat([(table != 0).any(1) for table in tables]).to(torch.uint8)
+        all_reduce(touched, self.groups.dp, op="max", label=f"{flat.name} rows")
+        rows = [flags.nonzero().view(-1) for flags in touched.split([len(table) for table in tables])]
+        packed = [table[index] for table, index in zip(tables, rows, strict=True)]
+        post, after = self._post_factors(buffer.dtype) if shard.size > 1 else (self._post_factor, None)
+        all_reduce(
+            packed, shard if shard.size > 1 else replicate, op="sum", pre_factor=self._pre_factor, post_factor=post,
+            label=flat.name,
+        )  # fmt: skip
+        if shard.size > 1 and replicate.size > 1:
+            all_reduce(packed, replicate, op="sum", post_factor=after, label=flat.name)
+        for table, index, part in zip(tables, rows, packed, strict=True):
+            table[index] = part
+        low = shard.rank * flat.plan.shard_numel
+        return buffer[low : low + flat.plan.shard_numel].clone() if shard.size > 1 else buffer
+
+    def _post_factors(self, wire: torch.dtype) -> tuple[float | None, float | None]:
+        """After the sum over the shard axis, and after that over the replicate axis where there is one.
+
+        What is between them is rounded to the wire's dtype. In fp16 a sum may overflow there whose mean does not.
+        """
+        if self.groups.replicate.size == 1 or wire == torch.float16:
+            return self._post_factor, None
+        return None, self._post_factor
 
     # -- agreement ----------------------------------------------------------------------------------------------------
     def _agree_on_use(self, mine: list[set[int]]) -> tuple[dict[int, set[int]], dict[int, bool]]:

@@ -88,6 +88,11 @@ class _Released(nn.Parameter):
 
 
 def _refuse(param: Any, doing: str) -> NoReturn:
+    gone = param.__dict__.get("_zs_gone")
+    if gone is not None:
+        raise ReleasedParameterError(
+            f"parameter {param._zs_name!r} (shape {tuple(param.shape)}) {gone}, so {doing} has no values to work on"
+        )
     raise ReleasedParameterError(
         f"parameter {param._zs_name!r} (shape {tuple(param.shape)}) is sharded and not gathered here, so {doing} has "
         f"no values to work on; use `with zs_zero.gathered(param): ...` on every rank (or "

@@ -12,7 +12,6 @@ Among one rank every stage is stage 0: there is nobody to share with.
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,35 +19,25 @@ import torch
 from torch import Tensor, nn
 from zs_comm import ConfigError, Group, ZsError, all_gather, all_reduce, broadcast
 
+from . import casting
+from .access import ParameterAccess
 from .autograd import BackwardTasks, in_backward
 from .flat import Flat, ParamState
 from .gatherer import Gatherer, Unit
+from .gradients import Gradients
 from .initialize import materialize, slice_of
-from .norm import global_norm
-from .plan import ParamSpec, Plan, make_plan
+from .offload_states import OffloadedStates
+from .placement import Placement
+from .planning import Options, description, plan_of
+from .precision import Precision
 from .reducer import Groups, Reducer
 from .released import ReleasedParameterError
+from .scaling import Scaling
 from .sync import check_same_model, report_differing, send_from_first
-from .units import UnitChoice, UnitSpec, choose_units
+from .units import UnitSpec, choose_units
 
 log = logging.getLogger("zs_zero")
 CHECKED_STEPS = 3  # so many steps in an unchanged order until calls are no longer compared between ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a model is sharded. See `zs_zero.shard`."""
-
-    stage: int
-    units: UnitChoice = None
-    dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype | None = None
-    reshard_after_forward: bool = True
-    prefetch: bool = True
-    broadcast_buffers: bool = False
-    predivide_factor: float = 1.0
-    prescale: bool = False
-    has_optimizer: bool = True
 
 
 class Runtime:
@@ -70,7 +59,10 @@ class Runtime:
         self.stage = options.stage
         self.sync = True
         self.closed = False
+        self.scaling = Scaling(options.loss_scale, speaks=groups.dp.rank == 0)
         self._ignored = {id(param): param for param in ignored}
+        self.offloaded = OffloadedStates(self)
+        self.access: ParameterAccess | None = None  # the optimizer that `shard` returned
         self._handles: list[Any] = []
         self._steady_steps = self._order_changes = 0
         sharded = groups.shard.size > 1
@@ -80,12 +72,16 @@ class Runtime:
         specs = choose_units(model, options.units, ignored=frozenset(self._ignored))
         if not specs:
             raise ConfigError(f"{type(model).__name__} has no parameters to shard")
-        self.plan = self._make_plan(specs)
-        self._check_same(specs)
+        # stage 0 owns every slice, yet cuts as finely as the others: so its gradient norm is summed in the same order
+        slices = groups.dp.size if options.stage == 0 else groups.shard.size
+        self.plan = plan_of(model, specs, options, slices=slices)
+        options.precision.check(flat.dtype for flat in self.plan.flats() if flat.trainable)
+        check_same_model(description(model, self.plan, options), groups.dp)
         differing: list[str] = []
         self.units = [self._make_unit(index, spec, differing) for index, spec in enumerate(specs)]
         self.flats = [flat for unit in self.units for flat in unit.flats]
         self.trainable = [flat for flat in self.flats if flat.plan.trainable]
+        self.placement = Placement(self.plan, self.flats, groups.shard)
         self._where = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
         report_differing(differing + self._send_buffers(), groups.dp)
         world = groups.dp.size
@@ -96,6 +92,15 @@ class Runtime:
             reduce_dtype=options.reduce_dtype,
             pre_factor=None if pre == 1.0 else pre,
             post_factor=1.0 if options.prescale else options.predivide_factor / world,
+        )
+        own = [groups.dp] if any(param.requires_grad for param in ignored) else []
+        self.gradients = Gradients(
+            self.trainable,
+            ignored,
+            self.scaling,
+            shard=Group.single() if self.whole_state else groups.shard,
+            votes=[*own, *groups.others],
+            slices=self.plan.slices,
         )
         self.tasks = BackwardTasks(self._finish_backward)
         self.gatherer = Gatherer(
@@ -110,40 +115,6 @@ class Runtime:
         groups.set_checked(True)
 
     # -- building -----------------------------------------------------------------------------------------------------
-    def _make_plan(self, specs: Sequence[UnitSpec]) -> Plan:
-        # stage 0 owns every slice, yet cuts as finely as the others: so its gradient norm is summed in the same order
-        slices = self.groups.dp.size if self.stage == 0 else self.groups.shard.size
-        return make_plan(
-            [
-                (
-                    spec.name,
-                    spec.modules,
-                    [
-                        ParamSpec(name, tuple(param.shape), self._dtype_of(param), param.requires_grad)
-                        for name, param in spec.params.items()
-                    ],
-                )
-                for spec in specs
-            ],
-            slices=slices,
-        )
-
-    def _dtype_of(self, param: nn.Parameter) -> torch.dtype:
-        if not param.is_floating_point():
-            return param.dtype
-        sliced = slice_of(param)
-        return self.options.dtype or (sliced.dtype if sliced is not None else None) or param.dtype
-
-    def _check_same(self, specs: Sequence[UnitSpec]) -> None:
-        lines = [f"stage {self.stage}", f"dtype {self.options.dtype}", f"slices {self.plan.slices}"]
-        for unit in self.plan.units:
-            for flat in unit.flats:
-                for entry in flat.entries:
-                    kind = "" if entry.spec.trainable else " frozen"
-                    lines.append(f"{entry.spec.name} {entry.spec.shape} {entry.spec.dtype}{kind} in {unit.name!r}")
-        lines += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in self.model.named_buffers()]
-        check_same_model("\n".join(lines), self.groups.dp)
-
     def _make_unit(self, index: int, spec: UnitSpec, differing: list[str]) -> Unit:
         materialize(self.model, spec, self.device)
         here = {name: param.data for name, param in spec.params.items() if slice_of(param) is None}
@@ -157,8 +128,9 @@ class Runtime:
         for flat_plan in planned.flats:
             params = [spec.params[entry.spec.name] for entry in flat_plan.entries]
             flat = Flat(
-                flat_plan, params, self.groups.gather, held=held, releasable=self._releases, name=spec.name or "(root)"
-            )
+                flat_plan, params, self.groups.gather, held=held, releasable=self._releases, name=spec.name or "(root)",
+                kept=(self.options.precision if flat_plan.trainable else Precision()).of(flat_plan.dtype),
+            )  # fmt: skip
             flat.adopt(self.device, want_master=self.options.has_optimizer)
             for param in params:
                 param.__dict__["_zs_flat"] = (self, flat)  # how gathered(params) finds its way
@@ -170,8 +142,9 @@ class Runtime:
     def _send_buffers(self) -> list[str]:
         buffers = {}
         for name, buffer in self.model.named_buffers():
-            if buffer.device != self.device:
-                buffer.data = buffer.data.to(self.device)
+            dtype = self.options.buffer_dtype if buffer.is_floating_point() else None
+            if buffer.device != self.device or buffer.dtype != (dtype or buffer.dtype):
+                buffer.data = buffer.data.to(self.device, dtype)
             buffers[name] = buffer
         return send_from_first(buffers, self.groups.dp)
 
@@ -187,7 +160,8 @@ class Runtime:
                 (modules[name], unit) for unit, spec in zip(self.units, specs, strict=True) for name in spec.modules
             )
             self._handles.append(self.model.register_state_dict_pre_hook(self._refuse_state_dict))
-        if self._reduces_in_backward:
+        accumulates = self.options.has_optimizer and any(flat.kept.accumulates for flat in self.trainable)
+        if self._reduces_in_backward or self.scaling.required or accumulates:
             for unit in self.units:
                 for position, flat in enumerate(unit.flats):
                     if flat.plan.trainable:
@@ -195,6 +169,9 @@ class Runtime:
                             place = (unit.index, position, index)
                             hook = partial(_call_if_alive, weakref.WeakMethod(self._after_gradient), *place)
                             self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        self._handles += casting.install(
+            self.model, self.device, cast_inputs=self.options.cast_inputs, autocast=self.options.autocast
+        )
         if self.options.broadcast_buffers and self.groups.dp.size > 1:
             self._handles.append(self.model.register_forward_pre_hook(self._broadcast_buffers))
         self._handles.append(self.model.register_load_state_dict_post_hook(self._after_load))
@@ -211,8 +188,14 @@ class Runtime:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     def _after_gradient(self, unit_index: int, position: int, index: int, param: Tensor) -> None:
+        if self.scaling.required:
+            self.scaling.check_backward()
         unit = self.units[unit_index]
         flat = unit.flats[position]
+        if flat.kept.accumulates and not (self._reduces_in_backward and self.sync):
+            self.reducer.keep(flat, index)
+        if not self._reduces_in_backward:
+            return
         self.tasks.enter()
         if self.sync and param.grad is not None:
             grad, param.grad = param.grad, None
@@ -251,11 +234,13 @@ class Runtime:
         """The optimizer changed the masters: spread the new values and close the window."""
         self.spread((flat, flat.used) for flat in self.trainable if flat.used)
         self.reducer.drop()
+        self.scaling.forget()
         self._count_step()
 
     def spread(self, changed: Iterable[tuple[Flat, Iterable[int]]]) -> None:
         """New masters, or shards, of these flats (and which of their parameters) to whoever keeps them. Collective."""
-        self.gatherer.release_all()
+        if self._releases:
+            self.gatherer.release_all()
         under_way = []
         for flat, indices in changed:
             flat.write_back()
@@ -272,15 +257,9 @@ class Runtime:
         self._steady_steps += 1
         self.groups.set_checked(self._steady_steps < CHECKED_STEPS)
 
-    def grad_norm(self) -> Tensor:
-        return global_norm(
-            self.trainable,
-            self.groups.shard if not self.whole_state else Group.single(),
-            slices=self.plan.slices,
-        )
-
     def drop_gradients(self) -> None:
         self.reducer.drop()
+        self.scaling.forget()
         for param in self._ignored.values():
             param.grad = None
 
@@ -320,27 +299,29 @@ class Runtime:
     def whole_of(self, flat: Flat, param: nn.Parameter, held: Tensor) -> Tensor:
         """One parameter's values, whole, from every rank's `held` (held_numel,) tensor. Collective."""
         entry = flat.plan.entries[self._where[id(param)][1]]
-        if self.whole_state:
-            return held[entry.offset : entry.stop].view(entry.spec.shape).clone()
-        whole = torch.empty(flat.plan.padded_numel, dtype=held.dtype, device=held.device)
-        all_gather(whole, self.groups.shard, shard=held, label=entry.spec.name)
+        whole = self.whole_flat(flat, held, label=entry.spec.name)
         return whole[entry.offset : entry.stop].view(entry.spec.shape).clone()
+
+    def whole_flat(self, flat: Flat, held: Tensor, *, label: str = "") -> Tensor:
+        """(padded_numel,) from every rank's `held` (held_numel,) tensor; `held` itself where it is all. Collective."""
+        if self.whole_state:
+            return held
+        whole = torch.empty(flat.plan.padded_numel, dtype=held.dtype, device=held.device)
+        return all_gather(whole, self.groups.shard, shard=held, label=label or flat.name)
 
     def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
         """Sets one parameter from its whole value (numel,) in the masters' dtype, the same on every rank."""
         self.take_writes([flat])
         for held in flat.held_pieces():
             if held.param is param:
-                part = value[held.piece.start : held.piece.stop]
-                for target in (flat.master, flat.shard):
-                    if target is not None:
-                        target[held.low : held.high].copy_(part)
+                flat.store(held.low, held.high, value[held.piece.start : held.piece.stop])
         if flat.state is ParamState.WHOLE:
-            param.data.view(-1).copy_(value)
+            param.data.view(-1).copy_(flat.in_model(value))
             flat.note_versions()
 
     def take_writes(self, flats: Iterable[Flat]) -> None:
         """Takes what the user wrote into whole parameters over into the masters."""
+        self.offloaded.check()
         for flat in flats:
             if not flat.releasable:
                 flat.reattach()
@@ -363,20 +344,30 @@ class Runtime:
         all_reduce(known, self.groups.dp, op="max", label="scalar state")
         return known[0].float()
 
-    def close(self) -> None:
+    def close(self, *, gather: bool = True) -> None:
+        """Takes everything off the model; `gather`: after making its parameters whole. Collective then."""
         if self.closed:
             return
-        self.closed = True
-        self.model.__dict__.pop("__zs_shardable__", None)
+        self.closed, self.access = True, None
+        if self.scaling.loss_scale is not None:
+            self.scaling.loss_scale.owner = None
         for unit in self.units:
-            unit.gather()
-            unit.wait()
+            if gather:
+                unit.gather()
+                unit.wait()
+            elif unit.state is ParamState.WHOLE:  # all alike: alone they are no model
+                unit.release()
+        self.tasks.forget()
+        self.gatherer.drop_leaf_hooks()
+        self.reducer.drop(wait=gather)
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        for name in ("__zs_shardable__", "_zs_runtime"):
+            self.model.__dict__.pop(name, None)
+        self.placement.clear()
         for flat in self.flats:
-            flat.releasable = False
-            for param in flat.params:
-                param.__dict__.pop("_zs_flat", None)
+            flat.close()
 
 
 def _is_inside(inner: str, outer: str) -> bool:

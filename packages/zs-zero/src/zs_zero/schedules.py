@@ -54,6 +54,11 @@ class Schedule:
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], torch.Tensor) else lr
 
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least or value % 1:
+            raise ConfigError(f"{name}: must be a whole number of at least {least} (got {value!r})")
+
     def _each(self, name: str) -> list[float]:
         value, count = getattr(self, name), len(self.optimizer.param_groups)
         values = list(value) if isinstance(value, Sequence) else [value] * count
@@ -72,6 +77,10 @@ class LRRangeTest(Schedule):
     lr_range_test_staircase: bool = False
     last_batch_iteration: int = -1
 
+    def __post_init__(self) -> None:
+        self._check_whole("lr_range_test_step_size", 1)
+        super().__post_init__()
+
     def get_lr(self) -> list[float]:
         interval = (self.last_batch_iteration + 1) / self.lr_range_test_step_size
         growth = self.lr_range_test_step_rate * (math.floor(interval) if self.lr_range_test_staircase else interval)
@@ -82,8 +91,8 @@ class LRRangeTest(Schedule):
 class OneCycle(Schedule):
     """Up and down between two rates, then decay; the first beta runs the other way round (arXiv 1803.09820)."""
 
-    cycle_min_lr: float
-    cycle_max_lr: float
+    cycle_min_lr: PerGroup
+    cycle_max_lr: PerGroup
     decay_lr_rate: float = 0.0
     cycle_first_step_size: int = 2000
     cycle_second_step_size: int | None = None
@@ -91,39 +100,42 @@ class OneCycle(Schedule):
     cycle_second_stair_count: int | None = None
     decay_step_size: int = 0
     cycle_momentum: bool = True
-    cycle_min_mom: float = 0.8
-    cycle_max_mom: float = 0.9
+    cycle_min_mom: PerGroup = 0.8
+    cycle_max_mom: PerGroup = 0.9
     decay_mom_rate: float = 0.0
     last_batch_iteration: int = -1
 
     def __post_init__(self) -> None:
         size, stairs = self.cycle_second_step_size, self.cycle_second_stair_count
+        self._check_whole("cycle_first_step_size", 1)
         self._sizes = (self.cycle_first_step_size, self.cycle_first_step_size if size is None else size)
         self._stairs = (self.cycle_first_stair_count, self.cycle_first_stair_count if stairs is None else stairs)
         self.cycle_momentum = self.cycle_momentum and all("betas" in group for group in self.optimizer.param_groups)
         super().__post_init__()
 
-    def _value(self, foot: float, peak: float, end: float, rate: float) -> tuple[float, float]:
-        """On the triangle and 1, or past it `end` and the decay's factor."""
+    def _place(self, rate: float) -> tuple[float, float]:
+        """The height on the triangle, 0 to 1, and the factor of the decay that comes after it."""
         total = sum(self._sizes)
         past = self.last_batch_iteration - total
         if past >= 0:
-            return end, 1 + rate * (past + 1) / self.decay_step_size if self.decay_step_size else 1.0
+            return 0.0, 1 + rate * (past + 1) / self.decay_step_size if self.decay_step_size else 1.0
         at = (self.last_batch_iteration + 1) % total
         half, way = (0, at) if at <= self._sizes[0] else (1, total - at)
         size, stairs = self._sizes[half], self._stairs[half]
-        return foot + (peak - foot) * (math.floor(way * stairs / size) / stairs if stairs else way / size), 1.0
+        return (math.floor(way * stairs / size) / stairs if stairs else way / size), 1.0
 
     def get_lr(self) -> list[float]:
-        lr, factor = self._value(self.cycle_min_lr, self.cycle_max_lr, self.cycle_min_lr, self.decay_lr_rate)
-        return [lr / factor] * len(self.optimizer.param_groups)
+        height, factor = self._place(self.decay_lr_rate)
+        pairs = zip(self._each("cycle_min_lr"), self._each("cycle_max_lr"), strict=True)
+        return [(low + (high - low) * height) / factor for low, high in pairs]
 
     def get_mom(self) -> list[tuple[float, float]] | None:
         """The betas of each group; None where momentum is not cycled (always so without betas)."""
-        beta, factor = self._value(self.cycle_max_mom, self.cycle_min_mom, self.cycle_max_mom, self.decay_mom_rate)
+        height, factor = self._place(self.decay_mom_rate)
         if self.last_batch_iteration < 0:  # until the first step DeepSpeed sets the lower end
-            beta = self.cycle_min_mom
-        return [(beta * factor, 0.99)] * len(self.optimizer.param_groups) if self.cycle_momentum else None
+            height = 1.0
+        pairs = zip(self._each("cycle_min_mom"), self._each("cycle_max_mom"), strict=True)
+        return [((high - (high - low) * height) * factor, 0.99) for low, high in pairs] if self.cycle_momentum else None
 
     def _apply(self) -> None:
         super()._apply()
@@ -136,8 +148,7 @@ class _Warmup(Schedule):
     def __post_init__(self) -> None:
         self.warmup_num_steps: int
         self.warmup_type: str
-        if self.warmup_num_steps <= 0 or self.warmup_num_steps % 1:
-            raise ConfigError(f"warmup_num_steps: must be a whole number above 0 (got {self.warmup_num_steps!r})")
+        self._check_whole("warmup_num_steps", 1)
         if self.warmup_type not in ("log", "linear"):
             raise ConfigError(f"warmup_type: must be 'log' or 'linear' (got {self.warmup_type!r})")
         self.warmup_num_steps = max(2, self.warmup_num_steps)
@@ -160,7 +171,7 @@ class _Warmup(Schedule):
 
 @dataclass(eq=False)
 class WarmupLR(_Warmup):
-    """From ``warmup_min_lr`` to ``warmup_max_lr`` (None: the first group's rate, for all groups), then constant."""
+    """From ``warmup_min_lr`` to ``warmup_max_lr`` (None: each group's rate), then constant."""
 
     warmup_min_lr: PerGroup = 0.0
     warmup_max_lr: PerGroup | None = None
@@ -170,7 +181,7 @@ class WarmupLR(_Warmup):
 
     def __post_init__(self) -> None:
         if self.warmup_max_lr is None:
-            self.warmup_max_lr = self.get_last_lr()[0]
+            self.warmup_max_lr = self.get_last_lr()
         super().__post_init__()
 
 

@@ -1,7 +1,8 @@
 """Tensors inside whatever a module takes or returns: tuples, dicts, named tuples, dataclasses, registered pytrees."""
 
 import dataclasses
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,3 +22,16 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
                 yield from tensors_in(getattr(leaf, field.name, None))
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, torch.nn.Module | type) and not callable(leaf):
             yield from tensors_in(dict(vars(leaf)))
+
+
+def argument_elsewhere(
+    module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> str | None:
+    """In words, the first tensor of a forward's arguments that is on another device than the model."""
+    names = [name for name in inspect.signature(module.forward).parameters if name not in kwargs]
+    names += [f"#{i}" for i in range(len(names), len(inputs))]
+    for name, argument in [*zip(names, inputs, strict=False), *kwargs.items()]:
+        for path, leaf in pytree.tree_flatten_with_path(argument)[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.device != device:
+                return f"argument {name}{pytree.keystr(path)} of forward is on {leaf.device}"
+    return None

@@ -37,6 +37,7 @@ def gathered(params: Params, *, modifier_rank: int | None = None) -> Iterator[No
         flat.gather()
     for _, flat in chosen:
         flat.wait()
+        flat.lend()
     try:
         yield
     finally:
@@ -68,10 +69,10 @@ def full_state_dict(
         for unit in runtime.units:
             before = [flat.state for flat in unit.flats]
             for flat in unit.flats:
-                if masters and flat.master is not None and flat.master is not flat.shard:
+                if masters and flat.master is not None and flat.kept.value != flat.plan.dtype:
                     runtime.take_writes([flat])
                     for param in flat.params:
-                        value = runtime.whole_of(flat, param, flat.master)
+                        value = runtime.whole_of(flat, param, flat.values())
                         if keep:
                             values[id(param)] = _to_host(value, dtype)
                     continue
@@ -108,7 +109,7 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, 
             if name in state_dict and not runtime.is_ignored(param):
                 flat, _ = runtime.flat_of(param)
                 value = state_dict[name].detach().reshape(-1)
-                runtime.set_value(flat, param, value.to(runtime.device, flat.master_dtype))
+                runtime.set_value(flat, param, value.to(runtime.device, flat.kept.value))
             elif name in state_dict:
                 param.copy_(state_dict[name])
         for name, buffer in buffers.items():

@@ -43,10 +43,16 @@ class Window:
                         part = flat.grad[held.low : held.high]
                         yield from parts_of(spec, held.piece.start, part, replica=replica[0], replicas=replica[1])
         for name, param in self._trained().items():
-            if param.grad is not None:
-                grad = param.grad.detach()
+            grad = self._standing(param)
+            if grad is not None:
+                grad = grad.detach()
                 grad = (grad.to_dense() if grad.layout != torch.strided else grad).contiguous()
                 yield whole_part(TensorSpec(LOCAL + name, tuple(grad.shape), grad.dtype), grad, scope="rank")
+
+    def _standing(self, param: nn.Parameter) -> Tensor | None:
+        if self._runtime.is_ignored(param):
+            return param.grad
+        return self._runtime.reducer.standing(*self._runtime.flat_of(param))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         found = {e.spec.name: p for f in self._runtime.trainable for e, p in zip(f.plan.entries, f.params, strict=True)}
@@ -63,7 +69,7 @@ class Window:
                 whole = saved.get(REDUCED + spec.name)
                 if whole is not None:
                     if id(flat) not in self._reduced:
-                        self._reduced[id(flat)] = torch.zeros(numel, dtype=flat.master_dtype, device=device)
+                        self._reduced[id(flat)] = torch.zeros(numel, dtype=flat.grad_dtype, device=device)
                     target = self._reduced[id(flat)][held.low : held.high]
                     yield from parts_of(TensorSpec(whole.name, spec.shape, target.dtype), held.piece.start, target)
                 theirs = [rank for rank, own in enumerate(ranks) if LOCAL + spec.name in own]
@@ -80,24 +86,36 @@ class Window:
                     self._used.setdefault(id(flat), set()).add(index)
         for name, param in (self._trained() if before == self._world else {}).items():
             if LOCAL + name in saved:
-                grad = torch.empty(param.shape, dtype=param.dtype, device=param.device)
+                ignored = self._runtime.is_ignored(param)
+                dtype = param.dtype if ignored else self._runtime.flat_of(param)[0].kept.accum
+                grad = torch.empty(param.shape, dtype=dtype, device=param.device)
                 self._own.append((param, grad))
                 yield whole_part(TensorSpec(LOCAL + name, tuple(param.shape), grad.dtype), grad, scope="rank")
 
-    def take(self, before: int) -> None:
-        """The filled gradients take the place of the present ones."""
+    def _gradients(self) -> Iterator[Tensor]:
+        yield from (grad for _, grad in self._own)
+        yield from self._reduced.values()
+        for _, _, parts in self._sums:
+            yield from parts
+
+    def take(self, before: int, factor: float = 1.0) -> None:
+        """The filled gradients take the place of the present ones, times `factor`: the present loss scale by theirs."""
         self._runtime.abort()
+        if factor != 1.0:
+            for grad in self._gradients():
+                grad.mul_(factor)
         for param, grad in self._own:
-            param.grad = grad
+            if self._runtime.is_ignored(param):
+                param.grad = grad
+            else:
+                self._runtime.reducer.set_standing(*self._runtime.flat_of(param), grad)
         for flat, held, parts in self._sums:
-            total = parts[0].float() if flat.sixteen_bit else parts[0].to(flat.master_dtype)
+            total = parts[0].float() if flat.grad_dtype.itemsize <= 4 else parts[0].to(flat.grad_dtype)
             for part in parts[1:]:
                 total += part
             total *= 1.0 / before
             if id(flat) not in self._reduced:
-                self._reduced[id(flat)] = torch.zeros(
-                    flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device
-                )
+                self._reduced[id(flat)] = torch.zeros(flat.held_numel, dtype=flat.grad_dtype, device=flat.whole.device)
             target = self._reduced[id(flat)][held.low : held.high]
             target += total.to(parts[0].dtype)  # as the wire would have rounded it
         for flat in self._runtime.trainable:
@@ -106,8 +124,8 @@ class Window:
                 continue
             reduced = self._reduced.get(id(flat))
             if reduced is None:  # others hold the parts that there are
-                reduced = torch.zeros(flat.held_numel, dtype=flat.master_dtype, device=flat.whole.device)
-            if self._world > 1 or flat.sixteen_bit:
+                reduced = torch.zeros(flat.held_numel, dtype=flat.grad_dtype, device=flat.whole.device)
+            if self._world > 1 or not flat.leaves_gradients:
                 flat.grad, flat.used = reduced, used
                 continue
             for index in used:  # one rank keeps fp32 gradients where autograd puts them

@@ -15,6 +15,7 @@ the fixture `ranks`.
 """
 
 from zs_comm.testing.loopback import loopback_nbytes, socket_nbytes
+from zs_comm.testing.mirror import mirrored_group
 from zs_comm.testing.ranks import RankFailed, RankOutcome, RunResult, run_ranks
 
-__all__ = ("RankFailed", "RankOutcome", "RunResult", "loopback_nbytes", "run_ranks", "socket_nbytes")
+__all__ = ("RankFailed", "RankOutcome", "RunResult", "loopback_nbytes", "mirrored_group", "run_ranks", "socket_nbytes")
