@@ -286,7 +286,9 @@ def test_buffers(dtype: torch.dtype | None) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"master_dtype": torch.float16}, "the masters of torch.bfloat16 parameters are fp32 or torch.bfloat16"),
+        ({"master_dtype": torch.float16}, "master_dtype=torch.float16: fp16 loses unscaled gradients"),
+        ({"dtype": torch.float16, "master_dtype": torch.float16, "loss_scale": 8.0}, "fp16 loses unscaled gradients"),
+        ({"dtype": torch.float16, "master_dtype": B16}, "the masters of torch.float16 parameters are fp32"),
         ({"state_dtype": torch.float16}, "state_dtype is torch.float32 or torch.bfloat16: fp16 cannot hold"),
         ({"grad_accum_dtype": torch.int8}, "grad_accum_dtype is torch.float32, torch.bfloat16 or torch.float16 (got"),
         ({"buffer_dtype": torch.int8}, "buffer_dtype is torch.float32"),

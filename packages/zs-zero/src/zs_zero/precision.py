@@ -93,6 +93,11 @@ class Precision:
         update: Bf16Update = self.update if dtype == torch.bfloat16 else "plain"
         default = torch.bfloat16 if update != "plain" else torch.float32
         master = dtype if dtype == torch.float32 else self.master or default
+        if master == torch.float16:
+            raise ConfigError(
+                f"master_dtype={master}: fp16 loses unscaled gradients and small updates; fp32 keeps them"
+            )
         if master not in (dtype, torch.float32):
-            raise ConfigError(f"master_dtype={master}: the masters of {dtype} parameters are fp32 or {dtype}")
+            own = f" or {dtype}" if dtype == torch.bfloat16 else ""
+            raise ConfigError(f"master_dtype={master}: the masters of {dtype} parameters are fp32{own}")
         return Kept(dtype, master, self.state or master, self.accum or dtype, update)
