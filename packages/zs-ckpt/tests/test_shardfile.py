@@ -106,7 +106,7 @@ def test_a_stream_through_buffers_gives_the_same_file(tmp_path, monkeypatch):
     one = write_parts(str(tmp_path / "one"), layout, FileWriter())
     monkeypatch.setattr("zs_ckpt.staging._BUFFER_NBYTES", 1 << 16)
     crcs = {}
-    streamed = b"".join(bytes(view) for view in _stream(layout, crcs))
+    streamed = b"".join(bytes(view) for view in _stream(layout, crcs, lambda nbytes: None))
     assert streamed == (tmp_path / "one").read_bytes()
     assert [crcs[index] for index in range(len(parts))] == one
     assert [len(word) for word in one] == [8 * -(-p.nbytes // extent_nbytes(p.nbytes)) for p in layout.parts]
