@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import pairs
@@ -27,6 +27,7 @@ from launch import say
 
 SAVE_GOAL, LOAD_GOAL, STALL_GOAL, STEP_GOAL = 0.90, 0.90, 1.2, 1.10
 PEER_GOALS = {"torch.save + fsync": 2.0, "safetensors + fsync": None, "DCP": 3.0, "DeepSpeed": 3.0}
+_SETTLE_S = 1.0  # after a folder was emptied, and the disk told: before each of the other ways
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -190,14 +191,18 @@ class Bench:
             except Unavailable as error:
                 rows[name].absent = str(error)
                 sides.pop(name, None)
-        self.zs.save(self.folder / "zs")
-        for _ in range(self.args.peer_turns):
-            mine = self.zs.save(self.folder / "zs")
-            for name, side in sides.items():
-                there = side.save(self.folder / "peer")
-                rows[name].there.append(there)
-                rows[name].zs.append(mine)
-                rows[name].ratios.append(there / mine)  # times faster
+        sides[""] = self.zs
+        names = list(sides)
+        for turn in range(self.args.peer_turns):
+            took = {}
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+                empty(self.folder / "peer")
+                sleep(_SETTLE_S)
+                took[name] = sides[name].save(self.folder / "peer")
+            for name in rows.keys() & took.keys():
+                rows[name].there.append(took[name])
+                rows[name].zs.append(took[""])
+                rows[name].ratios.append(took[name] / took[""])  # times faster
         empty(self.folder / "peer")
         for name, row in rows.items():
             if hasattr(sides.get(name), "close"):

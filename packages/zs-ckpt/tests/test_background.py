@@ -159,3 +159,33 @@ zs_ckpt.save({str(tmp_path)!r}, {{"x": torch.arange(10 << 20)}}, asynchronous=Tr
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert torch.equal(read(tmp_path)["x"], torch.arange(10 << 20))
+
+
+def test_the_background_rests_until_somebody_waits(tmp_path, monkeypatch):
+    """Three times as long as it worked; what it is told of the work is what the parts took."""
+    rests = []
+
+    def rest(self, seconds):
+        rests.append((seconds, self._hurry.is_set()))
+
+    monkeypatch.setattr("zs_ckpt.background.Pending._rest", rest)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state(1), asynchronous=True)
+        checkpointer.wait()
+        checkpointer.save(state(2))
+    assert len(rests) == 1, "the one tensor, and none of the save that is waited for"
+    assert 0 <= rests[0][0] < 10
+
+
+def test_who_waits_ends_the_rest():
+    resting = threading.Event()
+
+    def work(rest):
+        resting.set()
+        rest(1000.0)
+        return "saved"
+
+    pending = Pending(work, "x")
+    resting.wait(10)
+    assert not pending.done
+    assert pending.wait(10) == "saved"

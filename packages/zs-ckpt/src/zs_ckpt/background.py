@@ -3,8 +3,9 @@
     training    save(): agree, copy   | step  step  step  step | save(): waits where the last is not done, then agrees
     thread                            | write, checksums, sync, commit |
 
-The thread runs at a lower priority, where the platform has such a thing for threads, and there is at most one: the next
-save waits for it. What goes wrong in it is logged at once and raised by the next call.
+The thread runs at a lower priority, where the platform has such a thing for threads, and rests between its pieces of
+work, so that the steps beside it have the processors; when somebody waits for it, it hurries. There is at most one: the
+next save waits for it. What goes wrong in it is logged at once and raised by the next call.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from .saving import Saved
 
 _NICE = 10
+_REST = 3.0  # of the time that was worked before
 _log = logging.getLogger("zs_ckpt")
 
 
 class Pending:
     """A save that goes on in the background."""
 
-    def __init__(self, work: Callable[[], Saved], what: str) -> None:
-        self._work, self._what = work, what
+    def __init__(self, work: Callable[[Callable[[float], None]], Saved], what: str) -> None:
+        self._work, self._what, self._hurry = work, what, threading.Event()
         self._saved: Saved | None = None
         self._error: BaseException | None = None
         # not a daemon: a program that ends waits until its last checkpoint is written
@@ -52,6 +54,7 @@ class Pending:
             TimeoutError: it takes longer; it goes on.
             Exception: what went wrong, on this rank or another.
         """
+        self._hurry.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TimeoutError(f"the save of {self._what} takes longer than {timeout_s:g} s")
@@ -62,10 +65,14 @@ class Pending:
     def _run(self) -> None:
         lower_priority()
         try:
-            self._saved = self._work()
+            self._saved = self._work(self._rest)
         except BaseException as error:
             self._error = error
             _log.exception("the save of %s in the background failed", self._what)
+
+    def _rest(self, seconds: float) -> None:
+        """After `seconds` of work."""
+        self._hurry.wait(_REST * seconds)
 
 
 def lower_priority() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -168,11 +168,11 @@ class Checkpointer:
         except Exception as failed:  # no memory: the others are told by a file, as they are by then in the background
             error = failed
 
-        def work() -> Saved:
+        def work(rest: Callable[[float], None]) -> Saved:
             if error is not None:
                 saving.give_up(started, error)
                 raise error
-            return saving.run(started, self._io, self._keep)
+            return saving.run(replace(started, rest=rest), self._io, self._keep)
 
         self._pending = Pending(work, f"tag {started.commit.tag!r}")
         return self._pending

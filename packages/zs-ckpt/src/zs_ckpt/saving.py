@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -58,6 +58,7 @@ class Started:
     serial: int
     latest: bool = True
     progress: Progress | None = None
+    rest: Callable[[float], None] | None = None  # called between pieces of work with the seconds that one took
 
 
 @overload
@@ -281,7 +282,7 @@ def _write_file(path: Path, layout: Layout, writer: BlobWriter, started: Started
     """Write and sync under a temporary name, and put it in place; the parts' checksums."""
     unfinished = path.with_name(temporary(path.name, started.commit.save_id))
     try:
-        crcs = write_parts(str(unfinished), layout, writer, started.progress)
+        crcs = write_parts(str(unfinished), layout, writer, started.progress, started.rest)
         writer.sync(str(unfinished))
         put_in_place(unfinished, path)
     except BaseException:

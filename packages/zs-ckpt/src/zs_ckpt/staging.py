@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -24,18 +25,28 @@ _BUFFER_NBYTES = 16 << 20  # a multiple of every extent
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def write_parts(path: str, layout: Layout, writer: BlobWriter, progress: Progress | None = None) -> list[str]:
+def write_parts(
+    path: str,
+    layout: Layout,
+    writer: BlobWriter,
+    progress: Progress | None = None,
+    rest: Callable[[float], None] | None = None,
+) -> list[str]:
     """Write the file that `layout` describes, and return each part's checksums. Neither synced nor in place yet.
 
-    `progress`: called with the bytes that have been summed, and all of them.
+    `progress`: called with the bytes that have been summed, and all of them. `rest`: called after each part was, with
+    the seconds that it took.
     """
-    done, total = 0, sum_nbytes(layout.parts)
+    done, total, began = 0, sum_nbytes(layout.parts), perf_counter()
 
     def said(nbytes: int) -> None:
-        nonlocal done
+        nonlocal done, began
         done += nbytes
         if progress is not None:
             progress(done, total)
+        if rest is not None:
+            rest(perf_counter() - began)
+            began = perf_counter()
 
     parts: Sequence[Part] = layout.parts
     if all(part.data.device.type == "cpu" for part in parts):
