@@ -127,7 +127,7 @@ def test_verdicts() -> None:
     rows = verdicts(LANGUAGE, data, examine(LANGUAGE, data, source)[1], source)
     assert [(dotted(row.path), row.verdict, row.text) for row in rows] == [
         ("batch", "honoured", ""),
-        ("inner.size", "honoured", "elements"),
+        ("inner.size", "equivalent", "size is another name of 'inner_size'; elements"),
         ("inner.hint", "harmless", "nothing follows"),
         ("inner.later", "harmless", "asks for nothing"),
         ("inner.ways", "refused", "only one way (got 2)"),
@@ -177,6 +177,7 @@ class Choice(TypeAndParams):
                 "params.momentun: SGD takes no such parameter; did you mean 'momentum'?",
                 'params.lr: Input should be a number (got "x")',
                 "params.nesterov: Input should be true or false (got 1)",
+                "params.weight_decay: Input should be a number (got [1])",
             ],
         ),
         (
@@ -188,6 +189,29 @@ class Choice(TypeAndParams):
             ['params.foreach: Input should be true or false (got "yes")'],
         ),
         ({"type": "SGD", "params": {"lr": -1}}, ["params.lr: SGD: Invalid learning rate: -1 (got -1)"]),
+        (  # each that is wrong alone, and not what needs the right one beside it
+            {"type": "SGD", "params": {"lr": -1, "weight_decay": -2, "momentum": 0.9, "nesterov": True}},
+            [
+                "params.lr: SGD: Invalid learning rate: -1 (got -1)",
+                "params.weight_decay: SGD: Invalid weight_decay value: -2 (got -2)",
+            ],
+        ),
+        (
+            {"type": "Adam", "params": {"lr": float("inf"), "eps": -1, "betas": [0.9, 2]}},
+            [
+                "params.lr: Input should be a finite number (got Infinity)",
+                "params.eps: Adam: Invalid epsilon value: -1 (got -1)",
+                "params.betas: Adam: Invalid beta parameter at index 1: 2 (got [0.9, 2])",
+            ],
+        ),
+        (  # wrong together
+            {"type": "SGD", "params": {"lr": 0.1, "nesterov": True}},
+            ["params.nesterov: SGD: Nesterov momentum requires a momentum and zero dampening (got true)"],
+        ),
+        (
+            {"type": "Adam", "params": {"foreach": True, "fused": True}},
+            ["params.foreach: Adam: `fused` and `foreach` cannot be `True` together. (got true)"],
+        ),
     ],
 )
 def test_types_and_params(section: dict[str, Any], texts: list[str]) -> None:

@@ -107,6 +107,12 @@ def test_lint_of_a_text_that_cannot_be_parsed(tmp_path: Path, capsys: pytest.Cap
     file.write_text('{"train_batch_size": 8, "train_batch_size": 4}')
     assert "'train_batch_size' is given twice, first on line 1" in lint_json(capsys, str(file))[1]["keys"][0]["message"]
     assert main(["lint", str(file)]) == 1 and "given twice" in out(capsys)
+    file.write_bytes(b'{"train_batch_size": 8,\n "\xe4": 1}')
+    (row,) = lint_json(capsys, str(file))[1]["keys"]
+    assert (row["line"], row["column"], row["message"]) == (2, 3, "not UTF-8 at byte 26")
+    for text in ("[]", "null", "3"):
+        file.write_text(text)
+        assert lint_json(capsys, str(file), "--world", "1")[0] == 1
 
 
 def test_lint_lets_unknown_keys_pass_where_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +121,9 @@ def test_lint_lets_unknown_keys_pass_where_asked_to(tmp_path: Path, capsys: pyte
     assert lint_json(capsys, str(file))[0] == 1
     code, found = lint_json(capsys, str(file), "--unknown-keys", "warn")
     assert (code, found["ok"], found["keys"][1]["verdict"]) == (0, True, "unknown")
+    file.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": -1, "x": 2}}}')
+    code, found = lint_json(capsys, str(file), "--unknown-keys", "warn")
+    assert code == 1 and [row["verdict"] for row in found["keys"]] == ["honoured", "invalid", "unknown"]
     file.write_text('{"train_batch_size": "8", "backend": "nccl"}')
     assert lint_json(capsys, str(file), "--unknown-keys", "warn")[0] == 1
 

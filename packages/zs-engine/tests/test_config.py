@@ -16,8 +16,8 @@ from zs_comm import ConfigError
 from zs_comm.config import dotted
 from zs_comm.jsonfile import parse_json
 from zs_comm.keys import verdicts
-from zs_engine.batch import BatchSizes
 from zs_engine.config import EngineConfig, examine, language, load
+from zs_zero.batch import BatchSizes
 
 EQUATION = "train_batch_size(32) != train_micro_batch_size_per_gpu(4) * gradient_accumulation_steps(3) * "
 EQUATION += "data parallel world(2) = 24"
@@ -138,9 +138,29 @@ def test_batch_sizes_of_a_configuration() -> None:
             "optimizer.params.lr: SGD: Invalid learning rate: -1 (got -1)",
         ),
         (
-            {"optimizer": {"type": "LBFGS"}, "zero_optimization": {"stage": 1}},
-            "optimizer: stage 1 updates each rank's pieces of the parameters, and torch.optim.lbfgs.LBFGS is not",
+            {"optimizer": {"type": "LBFGS"}},
+            "optimizer.type: LBFGS: its step() needs a closure that evaluates the model again",
         ),
+        ({"optimizer": {"type": "SparseAdam"}}, "optimizer.type: SparseAdam: it takes sparse gradients only"),
+        (
+            {"scheduler": {"type": "ReduceLROnPlateau"}},
+            "scheduler.type: ReduceLROnPlateau: its step() needs a metric, and the engine steps a schedule without",
+        ),
+        ({"scheduler": {"type": "LambdaLR"}}, "scheduler.type: LambdaLR: its argument is a function"),
+        ({"scheduler": {"type": "MultiplicativeLR"}}, "scheduler.type: MultiplicativeLR: its argument is a function"),
+        ({"scheduler": {"type": "SequentialLR"}}, "scheduler.type: SequentialLR: its argument is a list of schedules"),
+        ({"scheduler": {"type": "ChainedScheduler"}}, "scheduler.type: ChainedScheduler: its argument is a list of"),
+        ({1: 2}, "[1]: a key should be a string (got 1)"),
+        ({None: 2}, "None: a key should be a string (got None)"),
+        ({"fp16": {1: 2}}, "fp16[1]: a key should be a string (got 1)"),
+        ({"train_batch_size": 10**400}, "train_batch_size: Input should be a number below 1.8e308"),
+        ({"train_batch_size": 2**63}, "train_batch_size: Input should be a whole number below 2**63"),
+        ({"train_batch_size": 1e300}, "train_batch_size: Input should be a whole number below 2**63"),
+        (
+            {"aio": {"block_size": "99999999999TiB"}},
+            "aio.block_size: Input should be a number of bytes below 2**63",
+        ),
+        ({"fp16": {"enabled": True, "min_loss_scale": 10**400}}, "fp16.min_loss_scale: Input should be a number below"),
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {}}},
             "scheduler.params.total_num_steps: WarmupDecayLR requires it",
@@ -166,12 +186,15 @@ def test_fp16_and_bf16_are_one_problem_that_names_both() -> None:
 
 def test_values_for_each_group() -> None:
     lists = {"type": "WarmupLR", "params": {"warmup_min_lr": [0.0, 0.1], "warmup_max_lr": [1.0, 2.0]}}
-    assert problems({"optimizer": {"type": "LBFGS"}, "scheduler": lists}) == []
+    assert problems({"optimizer": {"type": "AdamW"}, "scheduler": lists}) == []
     assert problems({"scheduler": {"type": "MultiStepLR", "params": {"milestones": []}}}) == []
 
 
 def test_no_object() -> None:
     assert problems([1]) == ["the configuration should be an object (got [1])"]
+    for root in ([], 3, False):
+        with pytest.raises(ConfigError, match="the configuration should be an object"):
+            load(root)  # type: ignore[arg-type]
 
 
 def test_everything_wrong_is_said_at_once_with_lines(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_a_path_or_a_mapping(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"train_batch_size": 6}', "the configuration is JSON text: give the file's path, or json.loads"),
+        ("", "the configuration is an empty string"),
         ("nowhere.json", "cannot read the configuration 'nowhere.json'"),
         ("aGVsbG8gd29ybGQ=", "cannot read the configuration 'aGVsbG8gd29ybGQ='"),  # base64 of something else
     ],
@@ -83,6 +84,8 @@ def test_a_value_beside_an_auto_is_judged_too() -> None:
 def test_numbers_are_finite(number: float) -> None:
     for config in ({"gradient_clipping": number}, {"fp16": {"loss_scale": number}}, {"train_batch_size": number}):
         assert len(problems(config)) == 1
+    with pytest.raises(ConfigError, match=r"<base64>:1:21: a number that is too large"):
+        load(base64.urlsafe_b64encode(b'{"train_batch_size":' + b"9" * 5000 + b"}").decode())
     with pytest.raises(ConfigError, match=r"<base64>:1:22: a number that is too large, found '1e400}'"):
         load(base64.urlsafe_b64encode(b'{"gradient_clipping":1e400}').decode())
 
@@ -102,6 +105,23 @@ def test_unknown_keys_may_be_warned_about(caplog: pytest.LogCaptureFixture) -> N
         "ignored: cuda_visible_devices: unknown key",
         "ignored: zero_optimization.stagee: unknown key; did you mean 'stage'?",
     ]
+
+
+def test_an_unknown_parameter_is_dropped_and_what_stands_beside_it_judged(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer: dict[str, Any] = {"type": "AdamW", "params": {"lr": 0.5, "lrr": 2}}
+    config = {**MICRO, "optimizer": optimizer, "scheduler": {"type": "WarmupLR", "params": {"warmup": 2}}}
+    with caplog.at_level(logging.WARNING, "zs_engine"):
+        engine = zs_engine.initialize(model=nn.Linear(2, 2), config=config, unknown_keys="warn")[0]
+    assert engine.optimizer.param_groups[0]["betas"] == (0.9, 0.999) and engine.lr_scheduler.warmup_max_lr == [0.5]
+    assert [line.split(":")[1].strip() for line in caplog.messages] == [
+        "optimizer.params.lrr", "scheduler.params.warmup"
+    ]  # fmt: skip
+    optimizer["params"]["lr"] = -1
+    with pytest.raises(ConfigError, match=r"^optimizer\.params\.lr: "):
+        load(config, unknown_keys="warn")
+    config["optimizer"] = {"type": "AdamW"}
+    with pytest.raises(ConfigError, match=r"^optimizer\.params: AdamW: optimizer got an empty parameter list"):
+        zs_engine.initialize(model=nn.Linear(2, 2), model_parameters=[], config=config, unknown_keys="warn")
 
 
 def test_a_wrong_value_is_an_error_all_the_same() -> None:
@@ -142,6 +162,9 @@ def test_old_names_are_accepted_with_a_note() -> None:
     found, text = verdict({"zero_optimization": zero}, "zero_optimization.find_unused_parameters")
     assert found == "equivalent" and "old name" in text
     assert load({**MICRO, "bfloat16": {"enabled": True}})[0].bfloat16.enabled
+    found, text = verdict({"bfloat16": {"enabled": True}}, "bfloat16.enabled")
+    assert found == "equivalent" and text.startswith("bfloat16 is another name of 'bf16'; ")
+    assert verdict({"bf16": {"enabled": True}}, "bf16.enabled")[0] == "honoured"
     for name in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):
         (refused,) = problems({"zero_optimization": {name: True}})
         assert refused.startswith(f"zero_optimization.{name}: offload is not there yet")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zs_engine
 from torch import Tensor, nn
-from zs_comm import ConfigError, Group
+from zs_comm import ConfigError, Group, RankDisagreement
 from zs_comm.testing import run_ranks
 
 CURRICULUM = {
@@ -224,6 +224,73 @@ def test_batch_sizes_do_not_change_inside_a_window() -> None:
             change(8)
     with pytest.raises(ConfigError, match="train_batch_size"):
         engine_of().set_train_batch_size(3)
+
+
+@pytest.mark.parametrize("wrong", [0, -2, 1.5, "8", True])
+def test_batch_sizes_are_whole_numbers_above_zero(wrong: Any) -> None:
+    engine = engine_of(gradient_accumulation_steps=2)
+    with pytest.raises(ConfigError, match=rf"^train_batch_size should be a whole number .*\(got {wrong!r}\)"):
+        engine.set_train_batch_size(wrong)
+    with pytest.raises(ConfigError, match=rf"^train_micro_batch_size_per_gpu should be .* at least 1 \(got {wrong!r}"):
+        engine.set_train_micro_batch_size(wrong)
+    assert engine.get_batch_info() == (4, 2, 2)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_batch_sizes_do_not_change_between_a_backward_and_its_step(managed: bool) -> None:
+    engine = engine_of(gradient_accumulation_steps=2, managed_gradient_accumulation=managed)
+    (batch,) = batches(1)
+    engine.backward(engine(batch).square().mean())
+    for change in (engine.set_train_batch_size, engine.set_train_micro_batch_size):
+        with pytest.raises(ConfigError, match="this one is open, between a backward and its step"):
+            change(8)
+    engine.zero_grad()
+    engine.set_train_batch_size(8)
+    assert engine.get_batch_info() == (8, 2, 4)
+
+
+def resized(group: Group, sizes: list[int]) -> str:
+    engine = zs_engine.initialize(model=Net(), config=configuration(), mesh=group)[0]
+    try:
+        engine.set_train_batch_size(sizes[group.rank])
+    except ConfigError as error:
+        return f"{type(error).__name__}: {error}"
+    except RankDisagreement as error:
+        return str(error)
+    return str(engine.get_batch_info().steps)
+
+
+def test_all_ranks_change_to_one_batch_size() -> None:
+    assert run_ranks(resized, 2, [8, 8]) == ["2", "2"]
+    first, second = run_ranks(resized, 2, [8, 12])
+    assert first == second
+    assert re.search("the new batch sizes differs between the ranks.*train=8.*train=12", first, re.DOTALL)
+    first, second = run_ranks(resized, 2, [8, 0])
+    assert "rank 1 failed with ConfigError: train_batch_size should be" in first
+    assert second.startswith("ConfigError: train_batch_size should be")
+
+
+def one_rank_lr(group: Group, stage: int) -> tuple[str, bool, int]:
+    engine = zs_engine.initialize(model=Net(), config=configuration(zero_optimization={"stage": stage}), mesh=group)[0]
+    data = batches(3)
+    train(engine, data[:1])
+    before = [engine.zero.full_param(param) for param in engine.module.parameters()]
+    if group.rank:
+        engine.set_lr(0.5)
+    with pytest.raises(RankDisagreement) as raised:
+        train(engine, data[1:2])
+    after = [engine.zero.full_param(param) for param in engine.module.parameters()]
+    engine.set_lr(0.5)
+    engine.step()  # nothing was lost
+    return str(raised.value), all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), engine.global_steps
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_ranks_with_different_learning_rates(stage: int) -> None:
+    first, second = run_ranks(one_rank_lr, 2, stage)
+    assert first == second
+    assert re.search("differs between the ranks.*'lr': 0.01.*'lr': 0.5", first[0], re.DOTALL)
+    assert first[1:] == (True, 2)
 
 
 def test_a_changed_batch_size_is_where_it_was_after_a_load(tmp_path: Path) -> None:

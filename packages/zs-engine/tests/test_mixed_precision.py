@@ -269,6 +269,94 @@ def test_the_scaler_of_a_deepspeed_checkpoint_goes_on(row: dict[str, Any]) -> No
     assert loss_scale_of({"cur_scale": 1.0, "dynamic": False}) == loss_scale_of(None) == {}
 
 
+# -- the loss, and what becomes of it ---------------------------------------------------------------------------------
+
+
+def static(**more: Any) -> zs_engine.Engine:
+    return engine_of(fp16={"enabled": True, "loss_scale": 128}, **more)
+
+
+def norm_of(engine: zs_engine.Engine) -> float:
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    assert norm is not None
+    return norm
+
+
+def test_a_loss_is_scaled_once() -> None:
+    engine, x = static(), batch(0)
+    engine.backward(loss_of(engine, x))
+    right = norm_of(engine)
+    engine = static()
+    scaled = engine.scale(loss_of(engine, x))
+    for twice in (scaled, scaled / 2, scaled + loss_of(engine, x)):
+        with pytest.raises(ConfigError, match="scaled already, or a part of it"):
+            engine.backward(twice)
+        with pytest.raises(ConfigError, match="scaled already, or a part of it"):
+            engine.scale(twice)
+    scaled.backward()  # nothing was spoiled
+    assert norm_of(engine) == right
+
+
+def test_several_scaled_losses_are_added() -> None:
+    engine, x = static(), batch(0)
+    engine.backward(3 * loss_of(engine, x))
+    right = norm_of(engine)
+    engine = static()
+    first, second = engine.scale(loss_of(engine, x)), engine.scale(2 * loss_of(engine, x))
+    (first + second).backward()
+    assert norm_of(engine) == pytest.approx(right, rel=1e-3)
+    engine = static()
+    kept = engine.scale(loss_of(engine, x))
+    kept.backward(retain_graph=True)
+    engine.backward(2 * loss_of(engine, x))  # a loss that had its backward is in nobody's way
+    assert norm_of(engine) == pytest.approx(right, rel=1e-3)
+
+
+@pytest.mark.parametrize("section", [{}, {"fp16": FP16}, {"steps_per_print": 1}], ids=["fp32", "fp16", "printing"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_no_loss(section: dict[str, Any], accumulate: int) -> None:
+    engine = engine_of(accumulate=accumulate, **section)
+    for loss, name in ((None, "NoneType"), ((torch.zeros(1),), "tuple"), (1.5, "float")):
+        with pytest.raises(ConfigError, match=rf"a loss should be a tensor .*\(got {name}\)"):
+            engine.backward(loss)
+        with pytest.raises(ConfigError, match=name):
+            engine.scale(loss)
+    for step in range(accumulate):
+        engine.backward(loss_of(engine, batch(step)))
+        engine.step()
+    assert engine.global_steps == 1
+
+
+@pytest.mark.parametrize("made", [None, "adam", 3])
+def test_a_callable_that_makes_no_optimizer(made: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"make a torch optimizer .*it returned {made!r}"):
+        zs_engine.initialize(model=Net(), optimizer=lambda _: made, config={"train_batch_size": 2})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_step_that_raises_is_counted(accumulate: int) -> None:
+    config = {"fp16": {"enabled": True, "initial_scale_power": 0, "hysteresis": 1}, "zs_raise_at_min_loss_scale": True}
+    engine = engine_of(accumulate=accumulate, **config)
+
+    def micro_step(number: int, *, bad: bool = False) -> None:
+        engine.backward(loss_of(engine, batch(number, bad=bad)))
+        engine.step()
+
+    for number in range(accumulate - 1):
+        micro_step(number)
+    with pytest.raises(RuntimeError, match="smallest loss scale, 1"):
+        micro_step(1, bad=True)
+    assert (engine.was_step_applied(), engine.optimizer.overflow, engine.window_steps) == (False, True, 0)
+    assert engine.lr_scheduler.last_batch_iteration == -1
+    for number in range(accumulate):
+        assert engine.global_steps == 1
+        micro_step(number)
+    assert engine.was_step_applied()
+    assert (engine.skipped_steps, engine.global_steps, engine.micro_steps) == (1, 2, 2 * accumulate)
+    assert engine.global_samples == 2 * 2 * accumulate
+
+
 # -- bad configurations -----------------------------------------------------------------------------------------------
 
 
@@ -291,6 +379,14 @@ def test_the_scaler_of_a_deepspeed_checkpoint_goes_on(row: dict[str, Any]) -> No
             r"torch_autocast.lower_precision_safe_modules\[0\]: .*torch.nn.Liner",
         ),
         ({"zs_raise_at_min_loss_scale": 1}, "zs_raise_at_min_loss_scale"),
+        (
+            {"fp16": FP16, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+            "torch_autocast.dtype: bf16, and fp16.enabled makes the model fp16",
+        ),
+        (
+            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "fp16"}},
+            "torch_autocast.dtype: fp16, and bf16.enabled makes the model bf16",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -269,6 +269,95 @@ def test_a_value_out_of_range_at_any_key(which: int) -> None:
     assert len(wrong) > (100, 10)[which]
 
 
+# -- the parameters of DeepSpeed's optimizers and schedules -----------------------------------------------------------
+
+BELOW = -1
+MORE: dict[str, Any] = {"betas": [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, True]]}
+STEPS = ("total_num_steps", "warmup_num_steps", "cycle_first_step_size", "lr_range_test_step_size", "ns_steps")
+ANY_SIGN = ("dampening", "last_batch_iteration", "last_epoch", "max_coeff")  # -1 is right, or in one combination
+PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    **dict.fromkeys(
+        [("optimizer", "Adam"), ("optimizer", "AdamW")],
+        dict.fromkeys(["lr", "eps", "weight_decay"], 0.1)
+        | {"betas": [0.9, 0.99]}
+        | dict.fromkeys(["bias_correction", "adam_w_mode", "torch_adam"], True)
+        | {"amsgrad": False},
+    ),
+    ("optimizer", "Lamb"): dict.fromkeys(["lr", "eps", "weight_decay", "min_coeff"], 0.1)
+    | {"betas": [0.9, 0.99], "max_coeff": 0.3, "bias_correction": True, "eps_inside_sqrt": False},
+    ("optimizer", "Lion"): {"lr": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "set_grad_none": True},
+    ("optimizer", "Muon"): dict.fromkeys(["lr", "muon_lr", "adam_lr", "momentum", "weight_decay", "eps"], 0.1)
+    | {"betas": [0.9, 0.99], "nesterov": True, "ns_steps": 5, "ns_method": "gram", "per_head_muon": False},
+    ("optimizer", "SGD"): dict.fromkeys(["lr", "momentum", "weight_decay", "dampening"], 0.1) | {"nesterov": False},
+    ("optimizer", "Adagrad"): dict.fromkeys(["lr", "lr_decay", "weight_decay", "eps"], 0.1),
+    ("optimizer", "RMSprop"): dict.fromkeys(["lr", "alpha", "momentum", "weight_decay", "eps"], 0.1),
+    ("scheduler", "LRRangeTest"): dict.fromkeys(["lr_range_test_min_lr", "lr_range_test_step_rate"], 0.1)
+    | {"lr_range_test_step_size": 5, "lr_range_test_staircase": True, "last_batch_iteration": -1},
+    ("scheduler", "OneCycle"): dict.fromkeys(["cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "decay_mom_rate"], 0.1)
+    | {"cycle_min_mom": 0.8, "cycle_max_mom": 0.9, "cycle_momentum": True, "last_batch_iteration": -1}
+    | {"cycle_first_step_size": 5, "cycle_second_step_size": 5, "decay_step_size": 5}
+    | {"cycle_first_stair_count": 2, "cycle_second_stair_count": 2},
+    ("scheduler", "WarmupLR"): {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 5}
+    | {"warmup_type": "log", "last_batch_iteration": -1},
+    ("scheduler", "WarmupDecayLR"): {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 5}
+    | {"warmup_type": "linear", "total_num_steps": 9, "last_batch_iteration": -1},
+    ("scheduler", "WarmupCosineLR"): {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.1, "warmup_num_steps": 5}
+    | {"warmup_type": "linear", "total_num_steps": 9, "last_batch_iteration": -1},
+    ("scheduler", "StepLR"): {"step_size": 2, "gamma": 0.1},
+    ("scheduler", "MultiStepLR"): {"milestones": [2, 3], "gamma": 0.1},
+    ("scheduler", "CosineAnnealingLR"): {"T_max": 2, "eta_min": 0.1},
+    ("scheduler", "ExponentialLR"): {"gamma": 0.1},
+}
+
+
+def wrong_params(key: str, value: Any) -> Iterator[Any]:
+    """Values of another kind, and outside of the range."""
+    yield from ({"x": 1}, [{"y": 1}])
+    if isinstance(value, bool):
+        yield from (0, 1, "true", [True], 0.5)
+    elif isinstance(value, str):
+        yield from (True, 1, [1], "zsx")
+    elif isinstance(value, list):
+        yield from (True, "x", 0.9, ["x"], *MORE.get(key, []), [float("nan"), 0.9])
+    else:
+        yield from (True, False, "1e-3", ["x"], float("nan"), float("inf"), -float("inf"))
+        yield from [] if "_lr" in key or "_mom" in key else [[1]]
+        yield from [] if key in ANY_SIGN else [BELOW, -0.5]
+        yield from [0] if key in (*STEPS, "step_size", "T_max") else []
+        yield from [1.5] if isinstance(value, int) else []
+        yield from [-2] if key == "last_batch_iteration" else []
+
+
+@pytest.mark.parametrize(("section", "name"), PARAMS)
+def test_a_wrong_value_of_any_parameter_is_found_there_and_nowhere_else(section: str, name: str) -> None:
+    params = PARAMS[section, name]
+    good = {key: value for key, value in params.items() if key != "torch_adam"}
+    assert examine({section: {"type": name, "params": good}})[2] == []
+    missed = []
+    for key, right in params.items():
+        for value in wrong_params(key, right):
+            found = examine({section: {"type": name, "params": good | {key: value}}})[2]
+            if {problem.path for problem in found} != {(section, "params", key)}:
+                missed.append((key, value, found))
+    assert missed == []
+
+
+def test_an_array_that_is_auto_may_still_be_filled_in() -> None:
+    params = {"milestones": "auto", "gamma": 0.5}
+    assert examine({"scheduler": {"type": "MultiStepLR", "params": params}})[2] == []
+
+
+def test_several_wrong_parameters_are_each_found() -> None:
+    params = {"warmup_min_lr": -1, "warmup_max_lr": -2, "warmup_num_steps": 0, "total_num_steps": -3}
+    found = examine({"scheduler": {"type": "WarmupDecayLR", "params": {**params, "warmup_type": "log"}}})[2]
+    assert sorted(problem.path[-1] for problem in found) == sorted(params)
+    found = examine({"scheduler": {"type": "StepLR", "params": {"step_size": 0, "gamma": -1}}})[2]
+    assert [problem.path[-1] for problem in found] == ["step_size", "gamma"]
+    together = {"amsgrad": True, "bias_correction": False, "lr": -1}
+    found = examine({"optimizer": {"type": "Adam", "params": together}})[2]
+    assert [problem.path[-1] for problem in found] == ["lr", "amsgrad"]
+
+
 def test_every_key_says_what_becomes_of_it() -> None:
     """Honoured keys have a description with units, the others a reason; and defaults are accepted."""
     silent, defaults = [], []

@@ -232,6 +232,7 @@ def test_bad_values_are_errors_on_every_rank_and_change_nothing():
         for raised, _ in (first, second):
             kind, text = raised[name]
             assert kind == RankDisagreement.__name__ and "differs between the ranks" in text
+            assert "rank 0: checksum " in text and text.replace("\n", "").isprintable()
     assert "the value given for 'weight'" in first[0]["differs"][1]
     assert "rank 0 failed with ConfigError: value of shape (2,)" in second[0]["one rank"][1]
     assert first[0]["one rank"] == ("ConfigError", "value of shape (2,) for a parameter of shape (5, 7)")

@@ -98,7 +98,12 @@ def test_raises_at_the_minimum_only_where_asked_for() -> None:
     before = scale.state_dict()
     with pytest.raises(LossScaleError, match="smallest loss scale, 1"):
         scale.update(True)
-    assert scale.state_dict() == before, "a scale that raised has changed"
+    assert scale.state_dict() == before | {"stuck": 1}, "a scale that raised has changed"
+    for _ in range(2):
+        scale.update(False)
+    with pytest.raises(LossScaleError):
+        scale.update(True)
+    assert scale.state_dict() == before | {"stuck": 1}, "good steps are counted from the last overflow on"
     patient = DynamicLossScale(initial=1, minimum=1, hysteresis=3, raise_at_minimum=True)
     patient.update(True)
     patient.update(True)  # hysteresis: two overflows are let pass

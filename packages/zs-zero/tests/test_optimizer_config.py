@@ -86,6 +86,7 @@ def test_all_problems_together() -> None:
     ]
     assert "did you mean 'lr'" in found[2][1]
     assert refused("Lmb")[0][1] == "unknown optimizer 'Lmb'; did you mean 'Lamb'?"
+    assert refused("CPUAdam")[0][1] == "unknown optimizer 'CPUAdam'; did you mean 'Adam'?"
     ((path, text, _),) = refused("Adam", torch_adam=True, adam_w_mode="yes")
     assert path == "params.adam_w_mode" and "true or false" in text
 
@@ -102,7 +103,9 @@ def test_adam_of_torch_and_without_bias_correction() -> None:
         make("Adam", amsgrad=True, bias_correction=False)
 
 
-@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "ADAGRAD", "NAdam", "Adafactor", "Adadelta"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "sgd", "rmsProp", "RMSprop", "Adagrad", "ADAGRAD", "NAdam", "Adafactor", "Adadelta"]
+)
 def test_others_are_torchs(name: str) -> None:
     assert type(make(name, lr=0.5)).__module__.startswith("torch.optim")
 

@@ -172,5 +172,41 @@ def test_steps_of_no_length_are_refused() -> None:
         OneCycle(adam(), 0.1, 1.0, cycle_first_step_size=0)
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: WarmupLR(adam(), warmup_max_lr=-1.0), "warmup_max_lr: must be a finite number of at least 0"),
+        (lambda: WarmupLR(adam(), [0.0, float("nan")]), "warmup_min_lr"),
+        (
+            lambda: WarmupLR(adam(), last_batch_iteration=-2),
+            "last_batch_iteration: must be a whole number of at least -1",
+        ),
+        (lambda: WarmupDecayLR(adam(), 0), "total_num_steps: must be a whole number of at least 1"),
+        (lambda: WarmupCosineLR(adam(), 9, cos_min_ratio=float("inf")), "cos_min_ratio"),
+        (lambda: OneCycle(adam(), 0.1, 1.0, cycle_second_step_size=-1), "cycle_second_step_size"),
+        (lambda: OneCycle(adam(), 0.1, 1.0, cycle_max_mom=1.0), "cycle_max_mom: .* at least 0 and below 1"),
+        (lambda: LRRangeTest(adam(), lr_range_test_step_rate=-1.0), "lr_range_test_step_rate"),
+    ],
+)
+def test_values_out_of_range(make: Callable[[], Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make()
+
+
+def test_the_first_step_shows_what_torch_does_not_check() -> None:
+    torchs = torch.optim.lr_scheduler
+    for good in (torchs.StepLR(adam(), 1), torchs.OneCycleLR(adam(), 0.1, total_steps=1), WarmupLR(adam())):
+        schedules.first_step(good)
+    wrong = {
+        "StepLR: must be at least 1": torchs.StepLR(adam(), -1),
+        "step.. fails": torchs.LambdaLR(adam(), lambda step: 1 / (1 - step)),
+        "must be at least 0": torchs.ExponentialLR(adam(), -1.0),
+        "a learning rate becomes -0.1": torchs.LambdaLR(adam(), lambda step: 1 - 2 * step),
+    }
+    for text, schedule in wrong.items():
+        with pytest.raises(ConfigError, match=text):
+            schedules.first_step(schedule)
+
+
 def test_all_five_are_named() -> None:
     assert set(schedules.__all__) == set(MAKE)

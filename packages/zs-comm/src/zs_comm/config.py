@@ -9,13 +9,14 @@ configuration at once, each with its path and, for a file, its line and column:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, ValidationInfo, field_validator
@@ -77,6 +78,8 @@ def byte_size(value: Any) -> int:
         value = int(value)
     if type(value) is not int:
         raise PydanticCustomError("wrong_type", 'Input should be a number of bytes, or a string such as "2GiB"')
+    if abs(value) >= 2**63:
+        raise PydanticCustomError("wrong_type", "Input should be a number of bytes below 2**63")
     return value
 
 
@@ -140,11 +143,23 @@ def config_error(problems: Sequence[Problem], source: Source | None = None) -> C
     return error
 
 
+@contextlib.contextmanager
+def within(*path: str) -> Iterator[None]:
+    """Problems of a ConfigError raised inside get `path` before their own; other errors stay what they are."""
+    try:
+        yield
+    except ConfigError as error:
+        found = [problem for problem in error.problems if isinstance(problem, Problem)]
+        if not found:
+            raise
+        raise config_error([replace(problem, path=(*path, *problem.path)) for problem in found]) from error
+
+
 def dotted(path: KeyPath) -> str:
     """`("optimizer", "betas", 0)` as `optimizer.betas[0]`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 
 
@@ -293,6 +308,8 @@ class _Accepted:
         ints = int in self.kinds or any(type(constant) is int for constant in self.constants)
         if isinstance(value, float) and value.is_integer() and ints and float not in self.kinds:
             value = int(value)
+        if type(value) is int and float not in self.kinds and abs(value) >= 2**63:
+            raise PydanticCustomError("wrong_type", "Input should be a whole number below 2**63")
         if type(value) in self.kinds or (type(value) is int and float in self.kinds):
             return value
         if any(type(value) is type(constant) and value == constant for constant in self.constants):
@@ -302,17 +319,6 @@ class _Accepted:
         names += dict.fromkeys(self.others)
         wanted = " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
         raise PydanticCustomError("wrong_type", "Input should be {wanted}", {"wanted": wanted})
-
-
-def wrong_kind(annotation: Any, value: Any) -> str:
-    """What an annotation takes ("a number or an array"), where a JSON value is plainly none of it; else empty."""
-    accepted = _Accepted.by(annotation)
-    try:
-        if accepted:
-            accepted.taken(value)
-    except PydanticCustomError as error:
-        return error.message().removeprefix("Input should be ")
-    return ""
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

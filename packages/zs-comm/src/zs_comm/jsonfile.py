@@ -58,6 +58,8 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[Any
     """
     if not isinstance(config, str | os.PathLike):
         return config, None
+    if config == "":
+        raise ConfigError("the configuration is an empty string: give a mapping, the path of a JSON file, or base64")
     if isinstance(config, str) and not os.path.exists(config):
         if config.lstrip()[:1] in ("{", "["):
             raise ConfigError("the configuration is JSON text: give the file's path, or json.loads(text)")
@@ -81,7 +83,11 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, Source]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}{_near(file)}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 at byte {error.start}") from error
+        before = error.object[: error.start]
+        where = f"{file}:{before.count(10) + 1}:{error.start - before.rfind(10)}"  # 10: a line's end
+        refusal = ConfigError(f"{where}: not UTF-8 at byte {error.start}")
+        refusal.where = where
+        raise refusal from error
     return parse_json(text, name=str(file))
 
 
@@ -143,7 +149,10 @@ class _Parser:
         if self.text.startswith('"', self.at):
             return self.string()
         if number := _NUMBER.match(self.text, self.at):
-            result = json.loads(number.group())
+            try:
+                result = json.loads(number.group())
+            except ValueError:  # more digits than Python converts
+                result = math.inf
             if result in (math.inf, -math.inf):
                 self.fail("a number that is too large")
             self.at = number.end()

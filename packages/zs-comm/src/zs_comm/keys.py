@@ -11,7 +11,8 @@ unknown; or invalid. Sections say so field by field, in `Annotated` metadata:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -95,7 +96,9 @@ def examine(section: type[S], data: Any, source: Source | None = None) -> tuple[
     if not isinstance(data, Mapping):
         text = f"the configuration should be an object (got {shown(data)})"
         return section(), [Problem((), text, source.name if source else "")]
-    problems = list(_twice(section, data, (), source))
+    problems = list(_strange(data, (), source))
+    data = pruned(data, [problem.path for problem in problems])
+    problems += _twice(section, data, (), source)
     config, found = check(section, pruned(data, [problem.path for problem in problems]), source=source)
     problems += found
     if config is None:
@@ -111,17 +114,46 @@ def fatal(problems: Sequence[Problem], unknown_keys: str = "error") -> list[Prob
     return [problem for problem in problems if problem.kind != "unknown" or unknown_keys != "warn"]
 
 
+def tolerant(find: Callable[..., Any], data: Any, source: Source | None, unknown_keys: str) -> Any:
+    """What `find(data, source)` returns, a tuple with the problems last; of the rest alone where unknown keys may stay.
+
+    They are among the problems all the same; and what stands beside one is judged too.
+    """
+    *found, problems = find(data, source)
+    unknown = [problem for problem in problems if problem.kind == "unknown"]
+    if unknown_keys == "warn" and unknown:
+        *found, problems = find(pruned(data, [problem.path for problem in unknown]), source)
+        problems = [*unknown, *problems]
+    return (*found, problems)
+
+
 def pruned(data: Mapping[str, Any], paths: Sequence[KeyPath]) -> dict[str, Any]:
     """A copy of `data` without the keys at `paths`; of a list, which has no keys, the whole list."""
     result = dict(data)
+    head: Any  # not a string where a mapping was given that has such keys
     for head in {path[0] for path in paths if path and path[0] in data}:
         rests = [path[1:] for path in paths if path[:1] == (head,)]
-        inner = data[str(head)]
+        inner = data[head]
         if () in rests or not isinstance(inner, Mapping):
-            del result[str(head)]
+            del result[head]
         else:
-            result[str(head)] = pruned(inner, rests)
+            result[head] = pruned(inner, rests)
     return result
+
+
+def _strange(data: Any, path: KeyPath, source: Source | None) -> Iterator[Problem]:
+    """What no JSON file says: a key that is no string; and integers that no float holds, which break arithmetic."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if isinstance(key, str):
+                yield from _strange(value, (*path, key), source)
+            else:
+                yield Problem((*path, key), f"a key should be a string (got {key!r})")
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from _strange(value, (*path, index), source)
+    elif type(data) is int and abs(data) > sys.float_info.max:
+        yield Problem(path, "Input should be a number below 1.8e308", source.where(path) if source else "")
 
 
 def _twice(annotation: Any, data: Any, path: KeyPath, source: Source | None) -> Iterator[Problem]:
@@ -171,11 +203,23 @@ def verdicts(
                 rows.append(Verdict(inner, source.where(inner) if source else "", several[0].kind, text))
             continue
         verdict, text = judged(info)
+        if renamed := _renamed(section, path):
+            verdict, text = "equivalent" if verdict == "honoured" else verdict, "; ".join(filter(None, (renamed, text)))
         loud = any(isinstance(mark, Note) and mark.loud for mark in info.metadata) if info else False
         loud = loud and not asks_for_nothing(value)
         rows.append(Verdict(path, source.where(path) if source else "", verdict, text, loud))
     left = [problem for several in found.values() for problem in several]
     return rows + [Verdict(problem.path, problem.where, problem.kind, problem.text) for problem in left]
+
+
+def _renamed(section: Any, path: KeyPath) -> str:
+    """`another name of 'bf16'` where a key on the path is not called what its section calls it."""
+    for part in path:
+        for info in [info for name, info in getattr(section, "model_fields", {}).items() if name == part]:
+            if info.alias and info.alias != part:
+                return f"{part} is another name of {info.alias!r}"
+        section = next((kind for kind in inside(section, part) if hasattr(kind, "model_fields")), None)
+    return ""
 
 
 def judged(info: FieldInfo | None) -> tuple[Literal["honoured", "equivalent", "harmless"], str]:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from zs_comm.config import ByteSize, Problem, Section, dotted, inside
 from zs_comm.errors import ConfigError
 from zs_comm.jsonfile import Source, read_config
-from zs_comm.keys import Later, Verdict, fatal, judged, verdicts
+from zs_comm.keys import Later, Verdict, fatal, judged, tolerant, verdicts
 
 _COLOURS = {"honoured": 32, "equivalent": 36, "harmless": 90, "refused": 33, "unknown": 31, "invalid": 31}
 
@@ -41,7 +41,7 @@ def report(
         problem = Problem((), str(error).removeprefix(f"{error.where}: "), error.where)
         rows, errors = [Verdict((), error.where, "invalid", problem.text)], [problem]
     else:
-        problems = find(data, source)
+        (problems,) = tolerant(lambda *read: (find(*read),), data, source, unknown_keys)
         rows, errors = verdicts(section, data, problems, source), fatal(problems, unknown_keys)
     if as_json:
         return in_json(rows, ok=not errors), not errors

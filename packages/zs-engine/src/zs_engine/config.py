@@ -8,28 +8,26 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch.optim import lr_scheduler
 from zs_ckpt.config import CheckpointConfig
 from zs_comm import ConfigError, keys
 from zs_comm.config import Problem, config_error, dotted
-from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.jsonfile import KeyPath, Source, read_config
 from zs_comm.keys import Note
 from zs_comm.language import extended
-from zs_zero import schedules
+from zs_zero.batch import BatchSizes
 from zs_zero.config import Bf16Config, OptimizerConfig, ZeroConfig
 from zs_zero.loop_config import LoopConfig
 from zs_zero.precision_config import PrecisionConfig
 from zs_zero.requirements import requirements
 from zs_zero.rules import contradictions
+from zs_zero.schedule_config import SchedulerConfig
+from zs_zero.schedules import first_step
 from zs_zero.types_config import TypesConfig
-
-from zs_engine.batch import BatchSizes
 
 _log = logging.getLogger("zs_engine")
 NonNegative = Annotated[float, Field(ge=0)]
@@ -40,16 +38,6 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 _OFFLOAD = Note("harmless", "concerns offload, which is refused by its own name")
 _OLD_BOOL = Note("equivalent", "true is the old way to say stage 1, and false to say stage 0")
 _NO_SP = Note("harmless", "there is no sequence parallelism in this configuration")
-
-
-class SchedulerConfig(TypeAndParams):
-    """`scheduler`: one of zs_zero.schedules or a class of torch.optim.lr_scheduler."""
-
-    def factory(self) -> Callable[[Any], Any] | None:
-        """`callable(optimizer)`; None where no type is given. Raises ConfigError."""
-        five = {name: getattr(schedules, name) for name in schedules.__all__}
-        known = classes_of(lr_scheduler, lr_scheduler.LRScheduler) | five
-        return self.maker("scheduler", known, self.type, self.given) if self.type else None
 
 
 class EngineConfig(LoopConfig, PrecisionConfig, TypesConfig):
@@ -99,16 +87,17 @@ def examine(
     def report(path: KeyPath, text: str, *, kind: Any = "invalid") -> None:
         problems.append(Problem(path, text, source.where(path, key=kind == "unknown") if source else "", kind))
 
-    if isinstance(data, Mapping):
-        for path, text in contradictions(data):
-            report(path, text)
+    if not isinstance(data, Mapping):
+        return config, None, problems
+    for path, text in contradictions(data):
+        report(path, text)
     lists = [len(value) for value in config.scheduler.given.values() if isinstance(value, list)]
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max([1, *lists]))]  # a value for each
     zero, untested = config.zero_optimization, config.zero_allow_untested_optimizer
     rule = functools.partial(requirements, stage=zero.stage, allow_untested=untested)
-    for problem in config.optimizer.problems(lambda: groups[:1], rule):
+    for problem in config.optimizer.problems(lambda: [dict(groups[0])], rule):
         report(("optimizer", *problem.path), problem.text, kind=problem.kind)
-    for problem in config.scheduler.problems(lambda: torch.optim.AdamW(groups)):
+    for problem in config.scheduler.problems(lambda: torch.optim.AdamW(list(map(dict, groups))), first_step):
         report(("scheduler", *problem.path), problem.text, kind=problem.kind)
     if world is None or any(problem.path and problem.path[0] in BATCH_KEYS for problem in problems):
         return config, None, problems
@@ -132,7 +121,7 @@ def load(
     if unknown_keys not in ("error", "warn"):
         raise ConfigError(f"unknown_keys should be 'error' or 'warn' (got {unknown_keys!r})")
     data, source = read_config(config)
-    parsed, sizes, problems = examine(data, source, world=world)
+    parsed, sizes, problems = keys.tolerant(functools.partial(examine, world=world), data, source, unknown_keys)
     fatal = keys.fatal(problems, unknown_keys)
     if sizes is None or fatal:
         raise config_error(fatal, source)

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from zs_comm import ConfigError, Group
-from zs_zero import ZeroOptimizer
+from zs_zero import LossScaleError, ZeroOptimizer
+from zs_zero.batch import BatchSizes
 from zs_zero.loop_report import LoopReport
 from zs_zero.pacing import Pacing
+from zs_zero.scaling import as_loss
 from zs_zero.trees import argument_elsewhere
 
 from zs_engine import checkpoint
-from zs_engine.batch import BatchSizes
 from zs_engine.data import DataLoader
 
 if TYPE_CHECKING:
@@ -90,39 +91,43 @@ class Engine(nn.Module):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
         """Backward through `loss / gradient_accumulation_steps` (or `loss`: `scale_wrt_gas=False`); returns that."""
-        self.report.loss(loss)
-        self._backwards += 1
+        self.report.loss(as_loss(loss))
         if scale_wrt_gas and self._sizes.steps > 1:
             loss = loss / self._sizes.steps
         with self.report.phase("backward"):
             self.zero.scale(loss).backward(retain_graph=retain_graph, **kwargs)
+        self._backwards += 1
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale (1 in bf16 and fp32), to call `backward()` on."""
+        """The whole loss times the loss scale (1 in bf16 and fp32), to call its own `backward()`, not the engine's."""
         return self.zero.scale(loss)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-step; at the accumulation boundary clip, update, zero the gradients, step the schedule."""
         if self.optimizer is None:
             raise ConfigError("step(): the engine has no optimizer: give initialize() one, or the configuration")
-        self._applied = False
+        self._applied, stuck = False, None
         if not self.is_gradient_accumulation_boundary():
             self.micro_steps += 1
             return
-        with self.report.phase("step"):
-            self.optimizer.step(max_norm=self._config.gradient_clipping or math.inf)  # and the gradients are gone
+        try:
+            with self.report.phase("step"):
+                self.optimizer.step(max_norm=self._config.gradient_clipping or math.inf)  # and the gradients are gone
+        except LossScaleError as error:  # said after the skipped step was counted
+            stuck = error
         self._applied, self._norm = not self.optimizer.overflow, self.optimizer.norm
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self.skipped_steps += not self._applied
         self.global_steps += 1
-        train, _, steps = self._sizes  # where the caller says where windows end, there are as many samples as backwards
-        managed = self._config.managed_gradient_accumulation
-        self.global_samples += train if managed else train // steps * (self._backwards or 1)
+        managed = self._config.managed_gradient_accumulation  # else the caller says where windows end
+        self.global_samples += self._sizes.samples(None if managed else self._backwards or 1)
         self.micro_steps += 1
         self._window_began, self._backwards = self.micro_steps, 0
         self.report.updated(self)
+        if stuck is not None:
+            raise stuck
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates."""
@@ -151,29 +156,29 @@ class Engine(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of this accumulation window."""
         self.zero.zero_grad(set_to_none)
+        self._backwards = 0
 
     def get_global_grad_norm(self) -> float | None:
         """The global 2-norm of the last update's mean gradient, before clipping; None before the first."""
         return None if self._norm is None else float(self._norm)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the train batch by changing the accumulation steps, from the next window on.
+        """Change the train batch by changing the accumulation steps, from the next window on. Collective.
 
-        Raises ConfigError when it does not divide, or inside a window.
+        Raises ConfigError for no whole number above 0, when it does not divide, or inside a window.
         """
         self._resize(train_batch_size, self._sizes.micro, None)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch and, with the accumulation steps kept, the train batch; loaders that exist stay.
 
-        Raises ConfigError inside a window.
+        Raises ConfigError for no whole number above 0, or inside a window. Collective.
         """
         self._resize(None, micro_batch_size, self._sizes.steps)
 
     def _resize(self, train: int | None, micro: int, steps: int | None) -> None:
-        if self.counts_windows and self.window_steps:
-            raise ConfigError(f"batch sizes change between windows: this one is at {self.window_steps} micro-steps")
-        self._sizes = BatchSizes.solve(train, micro, steps, self.dp_world_size)
+        held = {"backwards": self._backwards, "micro_steps": self.window_steps if self.counts_windows else 0}
+        self._sizes = BatchSizes.agree(train, micro, steps, self.zero.group, **held)
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group."""

@@ -13,6 +13,8 @@ import zs_zero
 from torch import nn
 from zs_comm import ConfigError, Group, Mesh, agreed, as_group, discover, init_distributed, same_everywhere
 from zs_zero.loop_report import state_text
+from zs_zero.pacing import Pacing
+from zs_zero.sharding import closed_on_error
 
 from zs_engine.engine import Engine
 
@@ -70,7 +72,9 @@ def initialize(
             raise ConfigError(f"model should be a torch.nn.Module (got {type(model).__name__})")
         settings, sizes, data = load(_only(config, config_params, args), world=group.size, unknown_keys=unknown_keys)
         settings.optimizer.prepare(model)
-        client = _optimizer(settings.optimizer.factory(), optimizer, model, model_parameters)
+        client = _optimizer(settings.optimizer, optimizer, model, model_parameters)
+        make_schedule = _schedule(settings.scheduler, lr_scheduler, client)
+        Pacing(settings.pacers(), model)  # the engine's own comes when it is too late to say no
     same_everywhere(json.dumps(data, sort_keys=True, default=repr), group, what="the configuration")
     place, device = discover(), torch.device("cpu")
     if torch.cuda.is_available():
@@ -90,9 +94,9 @@ def initialize(
         **settings.bfloat16.options() | settings.scaling_options(device.type) | settings.types_options(),
     )
     where: dict[str, Any] = {"world": world, "local_rank": place.local_rank, "device": device}
-    engine = Engine(model, zero, settings=settings, sizes=sizes, config=data, trains=client is not None, **where)
-    with agreed(group, "schedule and data"):
-        engine.lr_scheduler = _schedule(settings.scheduler.factory(), lr_scheduler, engine.optimizer)
+    with closed_on_error(zero), agreed(group, "schedule and data"):
+        engine = Engine(model, zero, settings=settings, sizes=sizes, config=data, trains=client is not None, **where)
+        engine.lr_scheduler = make_schedule(engine.optimizer)
         if training_data is not None:
             engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     if settings.dump_state:
@@ -111,20 +115,31 @@ def _only(config: Any, config_params: Any, args: Any) -> Any:
     return given[found[0]]
 
 
-def _optimizer(make: Any, optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None) -> Any:
-    if optimizer is not None and make is not None:
+def _optimizer(section: Any, optimizer: Any, model: nn.Module, parameters: Iterable[Any] | None) -> Any:
+    if optimizer is not None and section.type:
         _log.info("the optimizer given to initialize() is used, not the configuration's")
-    if isinstance(optimizer, torch.optim.Optimizer) or (optimizer is None and make is None):
-        return optimizer
-    if not callable(optimizer or make):
+    make = section.ready("optimizer") if optimizer is None else optimizer
+    if make is None or isinstance(make, torch.optim.Optimizer):
+        return make
+    if not callable(make):
         raise ConfigError(f"optimizer should be a torch optimizer or make one (got {type(optimizer).__name__})")
-    return (optimizer or make)(list(model.parameters() if parameters is None else parameters))
+    made = make(list(model.parameters() if parameters is None else parameters))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer should make a torch optimizer of the parameters (it returned {made!r})")
+    return made
 
 
-def _schedule(make: Any, schedule: Any, optimizer: Any) -> Any:
-    if schedule is None:
-        return make(optimizer) if make is not None and optimizer is not None else None
-    return schedule if hasattr(schedule, "step") and not isinstance(schedule, type) else schedule(optimizer)
+def _schedule(section: Any, schedule: Any, client: Any) -> Callable[[Any], Any]:
+    if schedule is None and section.type and client is None:
+        _log.warning("scheduler.type: %s is left out, because there is no optimizer to schedule", section.type)
+    elif schedule is None:
+        return section.ready("scheduler") or (lambda _: None)
+    elif not hasattr(schedule, "step") or isinstance(schedule, type):
+        if client is None or not callable(schedule):
+            what = f"got {type(schedule).__name__}" if client is not None else "there is no optimizer to make one of"
+            raise ConfigError(f"lr_scheduler should be a learning-rate schedule or make one of the optimizer ({what})")
+        return schedule  # type: ignore[no-any-return]
+    return lambda _: schedule
 
 
 def _speak(rank: int) -> None:

@@ -134,7 +134,7 @@ class ParameterAccess:
                 for index, entry in there.items():
                     param, grad = flat.params[index], whole[entry.offset : entry.stop].view(entry.spec.shape)
                     new[index] = _flattened(update(grad.clone(), param), param, grad.dtype)
-            sums = b"".join(checksum(value).to_bytes(8, "little") for value in new.values())
+            sums = ", ".join(_checked(value) for value in new.values())
             same_everywhere(sums, self.group, what=f"the updated gradients of {flat.name!r}")
             for index, value in new.items():
                 self._write_gradient(flat, index, partial(_cut, value))
@@ -269,7 +269,7 @@ class ParameterAccess:
         name = flat.plan.entries[index].spec.name
         with agreed(self.group, f"{what} of {name!r}"):
             value = _flattened(value, flat.params[index], _precise(flat))
-        same_everywhere(checksum(value).to_bytes(8, "little"), self.group, what=f"the {what} given for {name!r}")
+        same_everywhere(_checked(value), self.group, what=f"the {what} given for {name!r}")
         return value
 
     def _part(self, flat: Flat, index: int, value: Tensor, what: str) -> Tensor:
@@ -281,9 +281,7 @@ class ParameterAccess:
                 raise ConfigError(f"this rank owns {owned} elements of {entry.spec.name!r}, not {value.numel()}")
             value = value.detach().reshape(-1).to(flat.whole.device, _precise(flat))
         replicas = self.group if self._runtime.whole_state else self._runtime.groups.replicate
-        same_everywhere(
-            checksum(value).to_bytes(8, "little"), replicas, what=f"the {what} given for {entry.spec.name!r}"
-        )
+        same_everywhere(_checked(value), replicas, what=f"the {what} given for {entry.spec.name!r}")
         return value
 
     def _fill_state(self, piece: Tensor, key: str, value: Tensor) -> None:
@@ -297,6 +295,11 @@ class ParameterAccess:
 
 def _owned(flat: Flat, param: nn.Parameter) -> list[HeldPiece]:
     return [held for held in flat.owned() if held.param is param]
+
+
+def _checked(value: Tensor) -> str:
+    """What ranks compare, and read in the error if it differs."""
+    return f"checksum {checksum(value):016x}"
 
 
 def _cut(value: Tensor, held: HeldPiece) -> Tensor:

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def graph_task_id() -> int:
@@ -21,6 +23,27 @@ def outside_autograd() -> Iterator[None]:
     """For our own tensors in the middle of the user's forward: they outlive an `inference_mode` it may run in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def age(node: Any) -> int:
+    """Nodes of a thread are numbered as they are made; leaves have the highest number of all."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def made_of(tensor: Tensor, wanted: Callable[[Any], bool], *, since: int) -> bool:
+    """Whether a node that is `wanted` lies behind `tensor` in its graph; looks at none older than `since`."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or age(node) < since:
+            continue
+        if wanted(node):
+            return True
+        seen.add(node)
+        ahead += [behind for behind, _ in node.next_functions]
+    return False
 
 
 class BackwardTasks:

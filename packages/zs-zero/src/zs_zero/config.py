@@ -217,7 +217,9 @@ class OptimizerConfig(TypeAndParams):
             if name.lower() == "adamw" and params.get("adam_w_mode") is False:
                 del params["adam_w_mode"]
         else:
-            classes |= {known.capitalize(): NAMED[known] for known in ("lamb", "lion")} | dict.fromkeys(REFUSED, object)
+            classes |= {known.capitalize(): NAMED[known] for known in ("lamb", "lion")}
+            classes |= {known: object for known in REFUSED if not known.startswith("mu")}  # near "Adam" too
+            name = {known.lower(): known for known in classes}.get(name.lower(), name)
         try:
             make = self.maker("optimizer", classes, name, params)
         except ConfigError as error:

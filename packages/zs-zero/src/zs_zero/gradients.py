@@ -39,14 +39,13 @@ class Gradients:
     def decide(self, max_norm: float | None, drop: Callable[[], None]) -> tuple[Tensor | None, bool]:
         """The norm, where something asks for it, and whether the step is taken. Collective.
 
-        If so they are unscaled and clipped. If not they are dropped, and the scale is told (LossScaleError).
+        If so they are unscaled and clipped. If not they are dropped.
         """
         norm, factor = None, 1.0 / self._scaling.value
         if max_norm is not None or self._scaling.checks:
             norm = self.norm()
             if self._scaling.checks and self._overflow(norm):
                 drop()
-                self._scaling.update(overflow=True)
                 return norm, False
             if max_norm is not None and max_norm < math.inf:
                 factor *= _clip_factor(norm, max_norm)

@@ -54,12 +54,14 @@ class LossScale(abc.ABC):
         """Counts one step, taken or (`overflow`) skipped. To be called after the gradients were divided by `value`.
 
         Raises:
-            LossScaleError: for an overflow at the minimum, where asked for. The scale stays as it was.
+            LossScaleError: for an overflow at the minimum, where asked for. It is counted; the scale stays as it was.
         """
         if overflow:
             before = self.value
-            self._overflowed()
-            self.stuck = self.stuck + 1 if self.at_minimum and before == self.value else 0
+            try:
+                self._overflowed()
+            finally:
+                self.stuck = self.stuck + 1 if self.at_minimum and before == self.value else 0
         else:
             self.stuck = 0
             self._went_well()
@@ -161,6 +163,7 @@ class DynamicLossScale(LossScale):
         return self.value <= self.minimum
 
     def _overflowed(self) -> None:
+        self._good_steps = 0
         if self._tolerated > 1:
             self._tolerated -= 1
         elif self.at_minimum and self.raise_at_minimum:
@@ -170,7 +173,6 @@ class DynamicLossScale(LossScale):
             )
         else:
             self.value = max(self.value / self.FACTOR, self.minimum)
-        self._good_steps = 0
 
     def _went_well(self) -> None:
         if self.consecutive_hysteresis:

@@ -20,6 +20,7 @@ from .offload_states import StatesOffload
 from .optimizer_state import OptimizerState, whole_states
 from .placement import PieceSums
 from .plan import Plan
+from .settings import Settings
 from .sharded import ShardedOptimizer, TornError
 from .wide import WideStep
 
@@ -60,6 +61,7 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         self._by_param: dict[int, list[tuple[Tensor, Flat, HeldPiece]]] = {}
         self._placement = runtime.placement
         self._pieces = self._make_pieces(client)
+        self._settings = Settings(client.param_groups, runtime.is_ignored)
         self.wide = WideStep(client, self._owned, runtime.options.precision.seed)
         if hasattr(client, "sum_pieces") and not runtime.whole_state:
             client.sum_pieces = PieceSums(self._owned, runtime.trainable, runtime.groups.shard)
@@ -79,6 +81,8 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
 
         Raises:
             TornError: after an update that failed half-way.
+            LossScaleError: for a skipped step, where the loss scale was asked to say so. `overflow` is True.
+            RankDisagreement: the groups' hyper-parameters (lr, betas, ...) are not the same on all ranks.
             ZsError: when the last backward raised, or another rank's update failed (RankDisagreement).
         """
         self.check_usable()
@@ -100,10 +104,11 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
                 return value
 
         else:
-            self._reduce()
+            self._reduce("" if self.group.size == 1 else str(self._settings))
             self.norm, taken = self._runtime.gradients.decide(max_norm, self._runtime.drop_gradients)
             self.overflow = not taken
             if not taken:
+                self._runtime.scaling.update(overflow=True)
                 return None
             self._runtime.take_writes(self._runtime.flats)
             self._set_gradients()
@@ -128,7 +133,11 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, to call `backward()` on; gradients have the scale of the time of that."""
+        """The loss times the loss scale, to call `backward()` on; gradients have the scale of the time of that.
+
+        All of it: a term that is added to a scaled loss is not scaled, which no gradient shows (its share of the update
+        is too small by that factor). Raises ConfigError for what is no tensor, or was made of a scaled loss.
+        """
         return self._runtime.scaling.scale(loss)
 
     @property
@@ -325,13 +334,13 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         dropped = flat.grad is None and held.param.grad is None  # by model.zero_grad()
         return None if dropped or held.piece.index not in flat.used else flat.gradient(held)
 
-    def _reduce(self) -> None:
+    def _reduce(self, settings: str = "") -> None:
         if self._coalescing:
             raise ConfigError("gradients are local inside coalesce_grad_reduction(): call this after it")
         self._runtime.check_no_backward("step")
         self._runtime.check_frozen()
         self._runtime.scaling.check_window()
-        self._runtime.reducer.flush()
+        self._runtime.reducer.flush(settings)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:

@@ -10,16 +10,19 @@ those that took part last time on any rank. Whatever else turns up is reduced at
 ranks told each other. So a parameter used on one rank only is an ordinary case, and "already reduced" does not exist.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from zs_comm import Group, Work, all_reduce, reduce_scatter
+from zs_comm import Group, Work, all_reduce, reduce_scatter, same_everywhere
 
 from .flat import Flat
 from .standing import Standing
+
+_DIGEST = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -144,14 +147,17 @@ class Reducer:
         return found
 
     # -- at the step --------------------------------------------------------------------------------------------------
-    def flush(self) -> None:
-        """Reduces every gradient that still stands here (`standing`), then waits for all reductions."""
+    def flush(self, settings: str = "") -> None:
+        """Reduces every gradient that still stands here (`standing`), then waits for all reductions.
+
+        Raises RankDisagreement, with nothing changed, unless the ranks come with the same `settings`.
+        """
         standing = [bucket.standing.indices() for bucket in self.buckets]
         if self.groups.dp.size == 1:
             for bucket, indices in zip(self.buckets, standing, strict=True):
                 self._keep_local(bucket, indices)
             return
-        used, _ = self._agree_on_use(standing)
+        used, _ = self._agree_on_use(standing, settings)
         room = 0  # bytes of gradients that are gone, less those of the shards that came for them
         for bucket in self._step_order:
             if used[id(bucket)]:
@@ -349,10 +355,16 @@ class Reducer:
         return None, self._post_factor
 
     # -- agreement ----------------------------------------------------------------------------------------------------
-    def _agree_on_use(self, mine: list[set[int]]) -> tuple[dict[int, set[int]], dict[int, bool]]:
-        """The union over the ranks of the parameters used, and which buckets have gradients that came after theirs."""
+    def _agree_on_use(self, mine: list[set[int]], settings: str = "") -> tuple[dict[int, set[int]], dict[int, bool]]:
+        """The union over the ranks of the parameters used, and which buckets have gradients that came after theirs.
+
+        The same message says whether `settings` are the same everywhere: the largest and the smallest digest are.
+        """
         counts = [len(bucket.flat.params) for bucket in self.buckets]
-        message = torch.zeros(sum(counts) + len(self.buckets), dtype=torch.uint8)
+        message = torch.zeros(sum(counts) + len(self.buckets) + 2 * _DIGEST, dtype=torch.uint8)
+        if settings:
+            digest = torch.tensor(list(hashlib.blake2b(settings.encode(), digest_size=_DIGEST).digest()))
+            message[-2 * _DIGEST :] = torch.cat([digest, 255 - digest])
         base = 0
         for bucket, indices, count in zip(self.buckets, mine, counts, strict=True):
             for index in indices:
@@ -361,6 +373,9 @@ class Reducer:
             base += count + 1
         all_reduce(message, self.groups.dp, op="max", label="parameters used")
         flags = message.tolist()
+        most, least = flags[-2 * _DIGEST : -_DIGEST], flags[-_DIGEST:]  # the latter as 255 - it
+        if settings and any(high + low != 255 for high, low in zip(most, least, strict=True)):
+            same_everywhere(settings, self.groups.dp, what="a setting of the optimizer's param_groups")
         used, late, base = {}, {}, 0
         for bucket, count in zip(self.buckets, counts, strict=True):
             used[id(bucket)] = {index for index in range(count) if flags[base + index]}

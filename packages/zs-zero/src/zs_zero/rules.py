@@ -21,6 +21,12 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     for first, second in (("fp16", bf16), ("amp", "fp16"), ("amp", bf16), ("torch_autocast", "amp")):
         if on(first) and on(second):
             yield (first, "enabled"), f"{first}.enabled and {second}.enabled are both true: choose one"
+    autocast = data.get("torch_autocast")
+    cast = canonical(autocast.get("dtype")) if isinstance(autocast, Mapping) and on("torch_autocast") else None
+    for section, name, other in (("fp16", "fp16", "bf16"), (bf16, "bf16", "fp16")):
+        if on(section) and cast == other:
+            text = f"{other}, and {section}.enabled makes the model {name}: give {name}, or disable one of them"
+            yield ("torch_autocast", "dtype"), text
     for section in ("fp16", bf16):
         key = f"{'fp16' if section == 'fp16' else 'bf16'}_master_weights_and_grads"
         if on(section) and on(section, key) and stage == 0:
@@ -49,7 +55,7 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
 
 def _dynamic_scale(fp16: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     least, power = fp16.get("min_loss_scale", 1), fp16.get("initial_scale_power", 16)
-    if not isinstance(least, int | float) or not isinstance(power, int | float):
+    if not isinstance(least, int | float) or not isinstance(power, int | float) or abs(least) > 1e300:
         return  # said of the key itself
     if least == 0:
         yield ("fp16", "min_loss_scale"), "a dynamic loss scale needs a minimum above 0 (got 0)"

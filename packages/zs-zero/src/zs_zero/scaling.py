@@ -5,6 +5,7 @@ the step divides them by, even those of a loss that was scaled before the last s
 """
 
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from zs_comm import ConfigError
 
-from .autograd import BackwardTasks
+from .autograd import BackwardTasks, age, made_of
 from .loss_scale import LossScale
 
 log = logging.getLogger("zs_zero")
@@ -26,6 +27,7 @@ class Scaling:
         self._speaks = speaks  # one rank tells for all
         self._tasks = BackwardTasks(_nothing)
         self._spoiled = False  # the window holds a gradient that was not scaled
+        self._ahead: weakref.WeakSet[_Mark] = weakref.WeakSet()  # scaled losses before their backward
 
     @property
     def value(self) -> float:
@@ -48,12 +50,32 @@ class Scaling:
         return self.loss_scale is not None and (self.loss_scale.dynamic or self.loss_scale.value != 1.0)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """`loss` times the scale, in fp32 where it is in 16 bits (it would overflow)."""
+        """`loss` times the scale, in fp32 where it is in 16 bits (it would overflow).
+
+        Raises ConfigError for what is no tensor, or was made of a scaled loss. What is added later is not seen.
+        """
+        as_loss(loss)
         if not self.required:
             return loss
+        if self._ahead and self._is_scaled(loss):
+            raise ConfigError(
+                "this loss is scaled already, or a part of it is: give the loss itself to engine.backward(loss), or "
+                "call backward() of what scale(loss) returned"
+            )
         apply: Any = _Scale.apply
         scaled: Tensor = apply(loss, self)
+        node: Any = scaled.grad_fn
+        if node is not None:
+            node.mark = _Mark(age(node), self)
+            self._ahead.add(node.mark)
         return scaled
+
+    def _is_scaled(self, loss: Tensor) -> bool:
+        def ours(node: Any) -> bool:
+            mark = getattr(node, "mark", None)
+            return isinstance(mark, _Mark) and mark.scaling is self
+
+        return made_of(loss, ours, since=min(mark.age for mark in self._ahead))
 
     def scaled(self, grad: Tensor) -> Tensor:
         """A gradient in the units of the window's: those carry the scale until the step."""
@@ -108,6 +130,20 @@ class Scaling:
             log.info("gradients are not finite: the step is skipped, the loss scale goes from %g to %g", before, now)
 
 
+def as_loss(loss: Any) -> Tensor:
+    """`loss` itself. Raises ConfigError for what is no tensor (a model's tuple of outputs, say)."""
+    if not isinstance(loss, Tensor):
+        raise ConfigError(f"a loss should be a tensor to call backward() on (got {type(loss).__name__})")
+    return loss
+
+
+class _Mark:
+    """Lives as long as the node of a scaled loss."""
+
+    def __init__(self, age: int, scaling: Scaling) -> None:
+        self.age, self.scaling = age, scaling
+
+
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scaling: Scaling) -> Tensor:
@@ -119,6 +155,7 @@ class _Scale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         scaling: Scaling = ctx.scaling
         scaling._tasks.enter()
+        scaling._ahead.discard(ctx.mark)
         return grads[0] * scaling.value, None
 
 

@@ -7,15 +7,44 @@ A schedule counts optimizer steps: it writes its starting value when built; call
 from __future__ import annotations
 
 import math
+import numbers
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from zs_comm import ConfigError
+from zs_comm.config import Problem, config_error
 
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
-PerGroup = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Annotation of a parameter: finite, from `least`, below `end`; `each`: may be a list, one for each group."""
+
+    least: float
+    end: float = math.inf
+    whole: bool = False
+    each: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a value outside, or no number."""
+        for one in value if self.each and isinstance(value, list | tuple) else [value]:
+            number = isinstance(one, numbers.Real | torch.Tensor) and not isinstance(one, bool)
+            if not (number and self.least <= one < self.end and not (self.whole and one % 1)):
+                text = f"must be a {'whole' if self.whole else 'finite'} number of at least {self.least:g}"
+                text += f" and below {self.end:g}" if self.end < math.inf else ""
+                raise ConfigError(f"{name}: {text} (got {one!r})")
+
+
+Rate = Annotated[float | Sequence[float], Range(0, each=True)]
+Momentum = Annotated[float | Sequence[float], Range(0, 1, each=True)]
+Factor = Annotated[float, Range(0)]
+Steps = Annotated[int, Range(1, whole=True)]
+Count = Annotated[int, Range(0, whole=True)]
+Last = Annotated[int, Range(-1, whole=True)]
 
 
 @dataclass(eq=False)
@@ -26,6 +55,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self.last_batch_iteration: int
+        self._check()
         if self.last_batch_iteration == -1:
             self._apply()
 
@@ -54,10 +84,12 @@ class Schedule:
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], torch.Tensor) else lr
 
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value < least or value % 1:
-            raise ConfigError(f"{name}: must be a whole number of at least {least} (got {value!r})")
+    def _check(self) -> None:
+        """Raises ConfigError for a parameter out of the range in its annotation."""
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            for part in (hint, *typing.get_args(hint)):  # the annotation itself, or one of a union's
+                for mark in getattr(part, "__metadata__", ()) if getattr(self, name) is not None else ():
+                    mark.check(name, getattr(self, name))
 
     def _each(self, name: str) -> list[float]:
         value, count = getattr(self, name), len(self.optimizer.param_groups)
@@ -71,15 +103,11 @@ class Schedule:
 class LRRangeTest(Schedule):
     """Grow without bound: ``min_lr * (1 + rate * (steps + 1) / step_size)``; whole steps in a staircase."""
 
-    lr_range_test_min_lr: PerGroup = 1e-3
-    lr_range_test_step_size: int = 2000
-    lr_range_test_step_rate: float = 1.0
+    lr_range_test_min_lr: Rate = 1e-3
+    lr_range_test_step_size: Steps = 2000
+    lr_range_test_step_rate: Factor = 1.0
     lr_range_test_staircase: bool = False
-    last_batch_iteration: int = -1
-
-    def __post_init__(self) -> None:
-        self._check_whole("lr_range_test_step_size", 1)
-        super().__post_init__()
+    last_batch_iteration: Last = -1
 
     def get_lr(self) -> list[float]:
         interval = (self.last_batch_iteration + 1) / self.lr_range_test_step_size
@@ -91,23 +119,22 @@ class LRRangeTest(Schedule):
 class OneCycle(Schedule):
     """Up and down between two rates, then decay; the first beta runs the other way round (arXiv 1803.09820)."""
 
-    cycle_min_lr: PerGroup
-    cycle_max_lr: PerGroup
-    decay_lr_rate: float = 0.0
-    cycle_first_step_size: int = 2000
-    cycle_second_step_size: int | None = None
-    cycle_first_stair_count: int = 0
-    cycle_second_stair_count: int | None = None
-    decay_step_size: int = 0
+    cycle_min_lr: Rate
+    cycle_max_lr: Rate
+    decay_lr_rate: Factor = 0.0
+    cycle_first_step_size: Steps = 2000
+    cycle_second_step_size: Count | None = None
+    cycle_first_stair_count: Count = 0
+    cycle_second_stair_count: Count | None = None
+    decay_step_size: Count = 0
     cycle_momentum: bool = True
-    cycle_min_mom: PerGroup = 0.8
-    cycle_max_mom: PerGroup = 0.9
-    decay_mom_rate: float = 0.0
-    last_batch_iteration: int = -1
+    cycle_min_mom: Momentum = 0.8
+    cycle_max_mom: Momentum = 0.9
+    decay_mom_rate: Factor = 0.0
+    last_batch_iteration: Last = -1
 
     def __post_init__(self) -> None:
         size, stairs = self.cycle_second_step_size, self.cycle_second_stair_count
-        self._check_whole("cycle_first_step_size", 1)
         self._sizes = (self.cycle_first_step_size, self.cycle_first_step_size if size is None else size)
         self._stairs = (self.cycle_first_stair_count, self.cycle_first_stair_count if stairs is None else stairs)
         self.cycle_momentum = self.cycle_momentum and all("betas" in group for group in self.optimizer.param_groups)
@@ -148,7 +175,7 @@ class _Warmup(Schedule):
     def __post_init__(self) -> None:
         self.warmup_num_steps: int
         self.warmup_type: str
-        self._check_whole("warmup_num_steps", 1)
+        self._check()  # of the steps before they are made two
         if self.warmup_type not in ("log", "linear"):
             raise ConfigError(f"warmup_type: must be 'log' or 'linear' (got {self.warmup_type!r})")
         self.warmup_num_steps = max(2, self.warmup_num_steps)
@@ -173,11 +200,11 @@ class _Warmup(Schedule):
 class WarmupLR(_Warmup):
     """From ``warmup_min_lr`` to ``warmup_max_lr`` (None: each group's rate), then constant."""
 
-    warmup_min_lr: PerGroup = 0.0
-    warmup_max_lr: PerGroup | None = None
-    warmup_num_steps: int = 1000
+    warmup_min_lr: Rate = 0.0
+    warmup_max_lr: Rate | None = None
+    warmup_num_steps: Steps = 1000
     warmup_type: Literal["log", "linear"] = "log"
-    last_batch_iteration: int = -1
+    last_batch_iteration: Last = -1
 
     def __post_init__(self) -> None:
         if self.warmup_max_lr is None:
@@ -189,12 +216,12 @@ class WarmupLR(_Warmup):
 class WarmupDecayLR(_Warmup):
     """Warm up, then fall in a straight line, reaching ``warmup_min_lr`` at ``total_num_steps``."""
 
-    total_num_steps: int
-    warmup_min_lr: PerGroup = 0.0
-    warmup_max_lr: PerGroup = 0.001
-    warmup_num_steps: int = 1000
+    total_num_steps: Steps
+    warmup_min_lr: Rate = 0.0
+    warmup_max_lr: Rate = 0.001
+    warmup_num_steps: Steps = 1000
     warmup_type: Literal["log", "linear"] = "log"
-    last_batch_iteration: int = -1
+    last_batch_iteration: Last = -1
 
     def _after(self, done: int) -> float:
         return max(0.0, (self.total_num_steps - done) / max(1.0, self.total_num_steps - self.warmup_num_steps))
@@ -204,12 +231,12 @@ class WarmupDecayLR(_Warmup):
 class WarmupCosineLR(_Warmup):
     """Ratios of each group's own rate: from ``warmup_min_ratio`` to 1, then half a cosine down to ``cos_min_ratio``."""
 
-    total_num_steps: int
-    warmup_min_ratio: float = 0.0
-    warmup_num_steps: int = 1000
-    cos_min_ratio: float = 0.0001
+    total_num_steps: Steps
+    warmup_min_ratio: Factor = 0.0
+    warmup_num_steps: Steps = 1000
+    cos_min_ratio: Factor = 0.0001
     warmup_type: Literal["log", "linear"] = "log"
-    last_batch_iteration: int = -1
+    last_batch_iteration: Last = -1
 
     def __post_init__(self) -> None:
         self.org_lrs = self.get_last_lr()
@@ -224,3 +251,29 @@ class WarmupCosineLR(_Warmup):
         if done < self.warmup_num_steps:  # the very first step is taken with zero, as in DeepSpeed
             ratio = self.warmup_min_ratio + ratio * (1 - self.warmup_min_ratio) if done >= 0 else 0.0
         return [lr * ratio for lr in self.org_lrs]
+
+
+_LEAST = {"step_size": 1, "T_max": 1, "total_iters": 0, "gamma": 0, "power": 0, "eta_min": 0}
+
+
+def first_step(schedule: Any) -> None:
+    """Step a schedule, torch's or one of these, and its optimizer, once: what torch does not check shows then.
+
+    Raises:
+        ConfigError: a parameter that torch takes and cannot use, a step that fails, or a rate below 0 or not finite.
+    """
+    name = type(schedule).__name__
+    low = {key: value for key in _LEAST if isinstance(value := getattr(schedule, key, None), int | float)}
+    low = {key: value for key, value in low.items() if value < _LEAST[key]}
+    if low:
+        texts = {key: f"{name}: must be at least {_LEAST[key]} (got {value!r})" for key, value in low.items()}
+        raise config_error([Problem(("params", key), text) for key, text in texts.items()])
+    rates = schedule.get_last_lr()
+    try:
+        schedule.optimizer.step()
+        schedule.step()
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise config_error([Problem(("params",), f"{name}: step() fails: {error}")]) from error
+    for rate in map(float, [*rates, *schedule.get_last_lr()]):
+        if not 0 <= rate < math.inf:
+            raise config_error([Problem(("params",), f"{name}: a learning rate becomes {rate:g}")])

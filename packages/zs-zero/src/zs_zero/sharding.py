@@ -1,11 +1,12 @@
 """`shard`: the entrance. A model and an optimizer in, the same model sharded and its optimizer out."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from zs_comm import ConfigError, Group, Mesh, as_group
+from zs_comm import CommError, ConfigError, Group, Mesh, as_group
 
 from .checkpoint import ModelState, ShardableHook
 from .loss_scale import LossScale, as_loss_scale
@@ -226,7 +227,22 @@ def _check_not_shared(model: nn.Module, ignored: Iterable[nn.Parameter]) -> None
             )
 
 
+@contextlib.contextmanager
+def closed_on_error(zero: ZeroOptimizer) -> Iterator[None]:
+    """An error of the body, which has to be one on all ranks, takes the sharding off the model before it goes on.
+
+    The parameters are whole then; not after an error of a collective, when nothing can be gathered.
+    """
+    try:
+        yield
+    except Exception as error:
+        zero.close(parameters=not any(isinstance(one, CommError) for one in (error, error.__cause__)))
+        raise
+
+
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer should be a torch.optim.Optimizer (got {optimizer!r})")
     known = {id(param) for param in model.parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):

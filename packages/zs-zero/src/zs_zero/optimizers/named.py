@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ._lists import check
 from .adam import Adam
 from .lamb import Lamb
 from .lion import Lion
@@ -119,6 +120,7 @@ def muon(
     """Muon with AdamW: `lr` is that of both halves, `muon_lr` and `adam_lr` those of one.
 
     Which half a parameter belongs to says its `use_muon` (see `mark_for_muon`)."""
+    check(lr=lr or 0.0)  # also where each half has its own
     rates = [(muon_lr, 0.02), (adam_lr, 3e-4)]
     first, second = (own if own is not None else lr if lr is not None else default for own, default in rates)
     return Muon(
@@ -149,6 +151,8 @@ REFUSED: Mapping[str, str] = {
     "muadam": _MUP.format("MuAdam"),
     "muadamw": _MUP.format("MuAdamW"),
     "musgd": _MUP.format("MuSGD"),
+    "lbfgs": "its step() needs a closure that evaluates the model again, and the engine steps without one",
+    "sparseadam": "it takes sparse gradients only, and the optimizer is handed dense ones",
 }
 """Types that DeepSpeed knows and this project does not, with the reason."""
 
