@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections.abc
 import dataclasses
 import functools
@@ -43,9 +44,9 @@ class TypeAndParams(DeepSpeedSection):
         """The parameters that are not "auto"."""
         return {key: value for key, value in (self.params or {}).items() if value != "auto"}
 
+    @abc.abstractmethod
     def factory(self) -> Callable[[Any], Any] | None:
         """`callable(first)`, which makes the object; None where no type is given."""
-        raise NotImplementedError
 
     def ready(self, section: str) -> Callable[[Any], Any] | None:
         """`factory()` for use now: its errors, and those of what it returns, have paths that begin with `section`.

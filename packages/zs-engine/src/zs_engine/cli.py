@@ -20,8 +20,8 @@ from zs_comm import ConfigError, lint, nodes, torchrun
 
 from zs_engine.config import examine, language
 
-PACKAGES = ("zs-engine", "zs-comm", "zs-offload-aio", "zs-zero", "torch", "pydantic")
-OPTIONAL = ("zs-pipe", "zs-profile", "zs-ckpt", "zs-tensor", "zs-compress")
+PACKAGES = ("zs-engine", "zs-comm", "zs-ckpt", "zs-offload-aio", "zs-zero", "torch", "pydantic")
+OPTIONAL = ("zs-pipe", "zs-profile", "zs-tensor", "zs-compress")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ Whole values come from every rank alike, which is checked, so that replicas cann
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 GradUpdate = Callable[[Tensor, nn.Parameter], Tensor]
 
 
-class ParameterAccess:
+class ParameterAccess(abc.ABC):
     """What `ZeroOptimizer` does by parameter."""
 
     state: Any
@@ -34,11 +35,11 @@ class ParameterAccess:
     _by_param: dict[int, list[tuple[Tensor, Flat, HeldPiece]]]
     _placement: Placement
 
-    def check_usable(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def check_usable(self) -> None: ...
 
-    def _reduce(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _reduce(self) -> None: ...
 
     # -- parameters ---------------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -12,6 +12,7 @@ brought back, so nothing that refers to one has to learn of it; whoever would re
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +138,14 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class StatesOffload:
+class StatesOffload(abc.ABC):
     """What `ZeroOptimizer` does to have its states in host memory for a while."""
 
     inner: torch.optim.Optimizer | None
     _runtime: Runtime
 
-    def _check_torn(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _check_torn(self) -> None: ...
 
     def offload_states(
         self,
