@@ -76,6 +76,15 @@ def combos(session: nox.Session, request_: tuple[str, ...]) -> None:
 
 
 @nox.session(requires=["wheels"])
+def matrix(session: nox.Session) -> None:
+    """What `tests` and `combos` leave out of their largest matrices (`-m matrix`)."""
+    _install(session, *GRAPH, groups=("test",))
+    _assert_installed(session, GRAPH)
+    suites = [*_suites(GRAPH), str(ROOT / "tests/combos"), f"--zs-installed={','.join(sorted(GRAPH))}"]
+    _pytest(session, *suites, "-m", "matrix", *session.posargs)
+
+
+@nox.session(requires=["wheels"])
 @nox.parametrize("arrays", ["numpy", "torch", "nothing"], ids=["numpy", "torch", "nothing"])
 def alone(session: nox.Session, arrays: str) -> None:
     """The packages that need no torch, with numpy only, torch only, neither: the first examples of their READMEs."""

@@ -63,6 +63,7 @@ def _reason(log: str) -> str:
     if os.environ.get("BENCH_VERBOSE"):
         say(log)
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    consequences = ("ChildFailed", "Connection closed by peer", "PeerLost")  # of another rank's error
+    # of another rank's error; and the line of a traceback that raises it, whose text comes below
+    consequences = ("ChildFailed", "Connection closed by peer", "PeerLost", " raise ")
     errors = [line for line in lines if "Error" in line and not any(word in line for word in consequences)]
     return (errors[:1] or lines[-1:] or ["no output"])[0][:300]

@@ -60,6 +60,12 @@ def loopback_nbytes() -> int:
     return 0
 
 
+def storage_nbytes() -> tuple[int, int]:
+    """Bytes that this process has read from disks and written to them; what the page cache served does not count."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"]), int(counts["write_bytes"])
+
+
 def held_nbytes(device: str = "cpu") -> int:
     """Bytes of the distinct storages that Python tensors and their gradients reach."""
     gc.collect()

@@ -1,6 +1,6 @@
 """The project's benchmarks:  python benchmarks/run.py JOB [options], JOB one of
 
-    train | wire | memory | import | adam | aio | ckpt | overhead
+    train | wire | memory | import | adam | aio | ckpt | overhead | offload | infinity
 
 Each prints Markdown and writes it to benchmarks/results. `--help` after a name lists its options.
 """
@@ -24,6 +24,8 @@ JOBS = {  # name on the command line -> module
     "aio": "aio",
     "ckpt": "ckpt",
     "overhead": "overhead",
+    "offload": "offload",
+    "infinity": "infinity",
 }
 
 

@@ -13,8 +13,8 @@ from zs_ckpt.dtypes import dtype_name, dtype_of, safetensors_name
 from zs_ckpt.files import FileWriter
 from zs_ckpt.shardfile import Part, checksums, entry_name, extent_nbytes, extent_seed, lay_out
 from zs_ckpt.staging import _stream, write_parts
-from zs_ckpt.views import bytes_of
 from zs_comm import ConfigError
+from zs_comm.views import bytes_of
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -84,7 +84,7 @@ def test_lint_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ["zero_optimization.stage", 2, 33, "invalid", "Input should be 0, 1, 2 or 3 ("],
         ["zero_optimization.overlap_comm", 2, 52, "equivalent", "communication always runs besi"],
         ["graph_harvesting", 3, 22, "refused", "CUDA graphs are not there yet "],
-        ["aio.queue_depth", 3, 51, "harmless", "tunes offload to files, which "],
+        ["aio.queue_depth", 3, 51, "honoured", "requests in flight, up to 256;"],
         ["optimiser", 3, 55, "unknown", "unknown key; did you mean 'opt"],
         ["optimiser.type", 3, 77, "unknown", "part of optimiser"],
     ]

@@ -50,8 +50,8 @@ def test_what_hugging_face_fills_in() -> None:
 
 
 def test_the_closed_list() -> None:
-    assert list(excluded({"zero_optimization": {"offload_param": {"device": "cpu"}}})) == ["offload"]
-    assert list(excluded({"zero_optimization": {"offload_param": {"device": "none"}, "cpu_offload": False}})) == []
+    assert list(excluded({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}})) == ["ZenFlow"]
+    assert list(excluded({"zero_optimization": {"offload_param": {"device": "cpu"}, "cpu_offload": True}})) == []
     assert list(excluded({"compression_training": {"row_pruning": {"shared_parameters": {"enabled": False}}}})) == []
     assert list(excluded({"optimizer": {"type": "OneBitLamb"}})) == ["1-bit optimizers"]
 

@@ -268,6 +268,38 @@ def test_an_engine_that_was_closed_first(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_its_own_engine_is_tuned_by_keywords(tmp_path):
+    with NvmeStore(tmp_path, backend="threads", threads=3, block_size=8192, queue_depth=4, direct=False) as store:
+        assert (store.stats()["backend"], store.stats()["mode"]) == ("threads", "buffered")
+        store.reserve({"k": 100_001})
+        store.write("k", bytes(range(256)) * 390 + bytes(161)).wait()
+        assert content(store, "k", 100_001) == bytes(range(256)) * 390 + bytes(161)
+        found = store._engine.stats()
+        assert {one["chunk_nbytes"] for one in found["calibration"]} == {8192}
+        assert found["transfers"] >= 2 * 100_001 // 8192
+        assert found["peak_depth"] <= 4
+    with NvmeStore(tmp_path, block_size=None, queue_depth=None, threads=None, backend=None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("block_size", 1000), ("queue_depth", 0), ("threads", 257), ("backend", "fast")]
+)
+def test_options_out_of_their_range(tmp_path, option, value):
+    with pytest.raises(ValueError, match=str(value)):
+        NvmeStore(tmp_path, **{option: value})
+    assert os.listdir(tmp_path) == []
+
+
+def test_options_beside_an_engine(engine, tmp_path):
+    for option in ("block_size", "queue_depth", "threads"):
+        with pytest.raises(ValueError, match="give them, or an engine"):
+            NvmeStore(tmp_path, engine=engine, **{option: 4096})
+    with pytest.raises(ValueError, match="give them, or an engine"):
+        NvmeStore(tmp_path, engine=engine, backend="threads")
+    assert os.listdir(tmp_path) == []
+
+
 def test_threads_share_a_store(engine, tmp_path):
     failures = []
 

@@ -1,7 +1,9 @@
 """The stores pass the conformance check, the check catches broken stores, and files fail as they should."""
 
+import ctypes
 import errno
 import itertools
+import mmap
 import os
 import resource
 import signal
@@ -330,7 +332,7 @@ def test_waits_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", slow)
     ticket = store.write("a", bytes(10))
     assert not ticket.done
-    with pytest.raises(TimeoutError, match=r"10 bytes is not done after 0\.01 s"):
+    with pytest.raises(TimeoutError, match=r"10 bytes is not done after 0\.01 s \('.*blocks' at offset 0\)"):
         ticket.wait(0.01)
     with pytest.raises(TimeoutError, match=r"1 transfers are not done after 0\.05 s"):
         store.close()
@@ -383,3 +385,139 @@ def test_a_file_store_needs_a_thread(path: Path) -> None:
     with pytest.raises(ValueError, match="threads must be at least 1"):
         FileStore(path, threads=0)
     assert not path.exists()
+
+
+# -- a bounded page cache --------------------------------------------------------------------------------------------
+
+CACHE = 256 << 10
+
+
+def cached_nbytes(path: Path) -> int:
+    """How much of the file the page cache holds, by mincore over a mapping that is never touched."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    nbytes = path.stat().st_size
+    with open(path, "rb") as file:
+        address = libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
+    try:
+        if libc.mincore(address, nbytes, pages) != 0:
+            raise OSError(ctypes.get_errno(), "mincore")
+    finally:
+        libc.munmap(address, nbytes)
+    return sum(byte & 1 for byte in pages.raw[: -(-nbytes // mmap.PAGESIZE)]) * mmap.PAGESIZE
+
+
+def most_cached(store: FileStore, path: Path, nbytes: int) -> tuple[int, int]:
+    """Writes and reads four blocks; the most that was cached meanwhile, and what is cached at the end, bytes."""
+    keys = "abcd"
+    store.reserve(dict.fromkeys(keys, nbytes))
+    samples, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.0005):
+            samples.append(cached_nbytes(path))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    content = {key: key.encode() * nbytes for key in keys}
+    targets = {key: bytearray(nbytes) for key in keys}
+    try:
+        for ticket in [store.write(key, content[key]) for key in keys]:
+            ticket.wait()
+        for ticket in [store.read(key, targets[key]) for key in keys]:
+            ticket.wait()
+    finally:
+        stop.set()
+        watcher.join()
+    assert targets == content
+    assert len(samples) > 3
+    return max(samples), cached_nbytes(path)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A folder whose files are not the page cache itself, as tmpfs' are."""
+    probe = tmp_path / "probe"
+    with open(probe, "wb") as file:
+        file.write(bytes(1 << 16))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_nbytes(probe):
+        pytest.skip("files in the temporary folder live in memory")
+    probe.unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("nbytes", [4 << 20, (4 << 20) - 1234])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_page_cache_stays_small(disk: Path, threads: int, nbytes: int) -> None:
+    store = FileStore(disk / "blocks", threads=threads, cache_nbytes=CACHE)
+    most, left = most_cached(store, disk / "blocks", nbytes)
+    store.close()
+    assert most <= CACHE
+    assert left == 0
+    plain = FileStore(disk / "plain", threads=threads)
+    most, left = most_cached(plain, disk / "plain", nbytes)
+    plain.close()
+    assert min(most, left) > 4 * 4_000_000, "without a bound all of it is cached: what was measured above is real"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_a_store_with_a_small_cache_conforms(tmp_path: Path, threads: int, alignment: int) -> None:
+    number = itertools.count()
+    made = lambda: FileStore(  # noqa: E731
+        tmp_path / str(next(number)), threads=threads, alignment=alignment, cache_nbytes=5 * mmap.PAGESIZE
+    )
+    check_block_store(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_no_size(path: Path) -> None:
+    with pytest.raises(ValueError, match=f"cache_nbytes 8191: at least {2 * mmap.PAGESIZE}, a page per thread"):
+        FileStore(path, cache_nbytes=2 * mmap.PAGESIZE - 1)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("has_sync_range", [True, False])
+def test_a_device_that_fails_after_the_write_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch, has_sync_range: bool
+) -> None:
+    """Buffered writes succeed and the device fails later: a bounded cache finds out at once."""
+    store = FileStore(path, cache_nbytes=CACHE)
+    store.reserve({"a": 4096, "b": 3 * CACHE})
+
+    def failing(*args: Any) -> int:
+        if has_sync_range:
+            ctypes.set_errno(errno.EIO)
+            return -1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(store._cache, "_sync_range", failing if has_sync_range else None)
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(OSError, match=r"Input/output error while writing 786432 bytes at offset 4096") as caught:
+        store.write("b", bytes(3 * CACHE)).wait()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+    with pytest.raises(OSError, match="the block was not written"):
+        store.read("b", bytearray(3 * CACHE)).wait()
+    monkeypatch.undo()
+    store.write("b", bytes(3 * CACHE)).wait()
+    store.close()
+
+
+def test_a_system_without_sync_file_range(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fdatasync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
+    store = FileStore(path, cache_nbytes=CACHE)
+    monkeypatch.setattr(store._cache, "_sync_range", None)
+    store.reserve({"a": CACHE})
+    synced.clear()
+    store.write("a", bytes(CACHE)).wait()
+    assert len(synced) == 2, "two parts, one per thread of the store"
+    store.close()

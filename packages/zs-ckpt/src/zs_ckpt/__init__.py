@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .position import DataPosition
     from .rng import RandomState
     from .saving import Saved, save
-    from .shardable import Piece, Shardable, TensorSpec
+    from .shardable import LazyPiece, Piece, Shardable, Source, TensorSpec
     from .snapshot import Snapshot
     from .unpickler import PickleRefused
     from .verifying import Report, tags, verify
@@ -31,6 +31,7 @@ __all__ = [
     "DataLoader",
     "DataPosition",
     "DeepSpeedCheckpoint",
+    "LazyPiece",
     "Loaded",
     "Pending",
     "PickleRefused",
@@ -40,6 +41,7 @@ __all__ = [
     "Saved",
     "Shardable",
     "Snapshot",
+    "Source",
     "TensorSpec",
     "UnknownVersion",
     "export",
@@ -60,6 +62,7 @@ _LAZY = {
     "DataLoader": "loader",
     "DataPosition": "position",
     "DeepSpeedCheckpoint": "deepspeed",
+    "LazyPiece": "shardable",
     "Loaded": "loading",
     "Pending": "background",
     "PickleRefused": "unpickler",
@@ -69,6 +72,7 @@ _LAZY = {
     "Saved": "saving",
     "Shardable": "shardable",
     "Snapshot": "snapshot",
+    "Source": "shardable",
     "TensorSpec": "shardable",
     "export": "exporting",
     "export_dcp": "dcp",

@@ -15,17 +15,20 @@ from .background import Pending
 from .commit import STALL_S
 from .hostcopy import HostBuffer
 from .saving import Saved, Started
-from .staging import Progress
+from .staging import Progress, any_lazy
 
 if TYPE_CHECKING:
     from zs_comm.group import GroupLike
+
+    from .index import Index
 
 
 class Checkpointer:
     """Saves to the folder `path`, again and again; see `save` for the arguments.
 
     Every rank of the group makes the same calls in the same order. An asynchronous save needs host memory for one copy
-    of what this rank writes, which stays for the next one; there is at most one in flight.
+    of what this rank writes, which stays for the next one; there is at most one in flight. None is needed where values
+    are not in memory (`LazyPiece`): such a rank's file is written before `save` returns.
 
     Args:
         stall_s: how long a rank waits for another that shows no sign of life, in seconds.
@@ -162,17 +165,24 @@ class Checkpointer:
 
     def _in_background(self, started: Started) -> Pending:
         error: BaseException | None = None
+        index: Index | None = None
         try:
-            parts = self._buffer.copy(started.content.parts)
-            started = replace(started, content=replace(started.content, parts=parts))
+            if any_lazy(started.content.parts):  # they may change from now on, and a copy may not fit into memory
+                index = saving.write_all(started, self._io)
+            else:
+                parts = self._buffer.copy(started.content.parts)
+                started = replace(started, content=replace(started.content, parts=parts))
         except Exception as failed:  # no memory: the others are told by a file, as they are by then in the background
             error = failed
+        except BaseException as failed:
+            saving.give_up(started, failed)
+            raise
 
         def work(rest: Callable[[float], None]) -> Saved:
             if error is not None:
                 saving.give_up(started, error)
                 raise error
-            return saving.run(replace(started, rest=rest), self._io, self._keep)
+            return saving.run(replace(started, rest=rest), self._io, self._keep, index)
 
         self._pending = Pending(work, f"tag {started.commit.tag!r}")
         return self._pending

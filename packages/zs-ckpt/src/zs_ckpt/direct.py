@@ -8,11 +8,12 @@ caller writes as usual.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 
@@ -62,6 +63,36 @@ def write_blocks(fd: int, views: Sequence[memoryview]) -> int:
 
     in_threads(work, _THREADS, "zs-ckpt write")
     return total
+
+
+def write_stream(fd: int, other: int, source: Iterator[memoryview]) -> None:
+    """Write what `source` gives, one view after the other: whole blocks to `fd`, what is left at the end to `other`.
+
+    `other` is the same file through the page cache, which takes all from where the file system wants other blocks.
+    """
+    buffer, filled, offset = memoryview(mmap.mmap(-1, CHUNK)), 0, 0
+    whole = True  # whether `fd` takes blocks
+
+    def put() -> None:
+        nonlocal filled, offset, whole
+        done = filled // BLOCK * BLOCK if whole else 0
+        try:
+            _write(fd, buffer[:done], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            whole, done = False, 0
+        _write(other, buffer[done:filled], offset + done)
+        offset, filled = offset + filled, 0
+
+    for view in source:
+        while view.nbytes:
+            nbytes = min(CHUNK - filled, view.nbytes)
+            copy(buffer[filled : filled + nbytes], view[:nbytes])
+            view, filled = view[nbytes:], filled + nbytes
+            if filled == CHUNK:
+                put()
+    put()
 
 
 def _fill(buffer: memoryview, views: Sequence[memoryview], starts: Sequence[int], offset: int) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from zs_comm import ConfigError
+from zs_comm.views import bytes_of
 
 from .boxes import whole
 from .dtypes import safetensors_name
@@ -28,7 +29,6 @@ from .durable import make_folder, put_in_place, remove, sync_folder
 from .errors import CheckpointIncomplete
 from .extents import Target
 from .shardable import TensorSpec
-from .views import bytes_of
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot

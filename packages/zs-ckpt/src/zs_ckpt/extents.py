@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from zs_comm.views import bytes_of
 
 from .boxes import Box, boxes_of_range, intersect, numel, shape_of
 from .errors import CheckpointCorrupt
 from .manifest import StoredPiece, StoredTensor
 from .shardable import TensorSpec
 from .shardfile import entry_name, extent_seed
-from .views import bytes_of
 
 MOST_READ = 8 << 20  # bytes of one read, and so of a buffer
 
@@ -85,6 +85,17 @@ def reads_of(target: Target) -> Iterator[Read]:
         common = intersect(piece.box, target.box)
         if common is not None:
             yield from _reads_of_piece(target, piece, common)
+
+
+def reads_into(target: Target, piece: StoredPiece, offset: int, view: memoryview) -> Iterator[Read]:
+    """What has to be read to have a piece's bytes from `offset` on, where an extent begins, in `view`.
+
+    It ends where an extent does. Of `target` only the tensor matters.
+    """
+    most = _most(piece.extent_nbytes)
+    for start in range(0, view.nbytes, most):
+        nbytes = min(most, view.nbytes - start)
+        yield Read(target, piece, offset + start, nbytes, view[start : start + nbytes])
 
 
 def _reads_of_piece(target: Target, piece: StoredPiece, common: Box) -> Iterator[Read]:

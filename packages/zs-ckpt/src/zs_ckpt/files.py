@@ -59,13 +59,15 @@ class FileWriter:
     """Writes whole files, each in a thread of its own. It keeps the Protocol `BlobWriter`, version 1.
 
     `buffers` may be an iterator: one buffer is asked for when those before it are written, so that a buffer can be
-    filled again for what comes next (`streams`).
+    filled again for what comes next (`streams`). With `past_cache` such a file goes past the page cache, where that is
+    possible, as other large ones do.
     """
 
     PROTOCOL = 1
     streams = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, past_cache: bool = False) -> None:
+        self._past_cache = past_cache
         self._lock = threading.Lock()
         self._open: dict[str, _File] = {}
         self._lost: dict[str, OSError] = {}
@@ -101,6 +103,8 @@ class FileWriter:
                     reserve(fd, nbytes)
                     if batch > 1 and nbytes >= direct.LEAST:
                         _write_large(fd, path, views)
+                    elif self._past_cache and nbytes >= direct.LEAST:
+                        _write_stream(fd, path, source)
                     else:
                         _write_all(fd, source, batch)
                 future.set_result(nbytes)
@@ -247,6 +251,18 @@ def _write_large(fd: int, path: str, views: list[memoryview]) -> None:
         rest.append(view[max(offset - position, 0) :])
         position += view.nbytes
     _write_all(fd, (view for view in rest if view.nbytes), _MOST_BUFFERS, offset)
+
+
+def _write_stream(fd: int, path: str, source: Iterator[memoryview]) -> None:
+    """`_write_large` of what comes one buffer after the other."""
+    other = direct.open_direct(path)
+    if other is None:
+        _write_all(fd, source, 1)
+        return
+    try:
+        direct.write_stream(other, fd, source)
+    finally:
+        direct.close(other)
 
 
 def _write_all(fd: int, source: Iterator[memoryview], batch: int, offset: int = 0) -> int:

@@ -10,9 +10,9 @@ from zs_comm import ConfigError, Group
 
 from .jsonvalues import NotJson, encode
 from .names import check_name
-from .plan import parts_of
-from .shardable import Piece, TensorSpec
-from .shardfile import Part
+from .plan import AnyPiece, parts_of
+from .shardable import TensorSpec, is_lazy
+from .shardfile import NOT_HERE, Part
 from .state import full_name, shardables
 
 
@@ -33,7 +33,7 @@ def gather(state: Mapping[str, Any], group: Group, *, client_state: Any = None, 
     content = Content(step=step)
     if step is not None and (type(step) is not int or step < 0):
         raise ConfigError(f"step is {step!r}; it must be an integer that is not negative")
-    pieces: list[tuple[str, Piece]] = []
+    pieces: list[tuple[str, AnyPiece]] = []
     for key, shardable in made.items():
         for piece in shardable.pieces():
             check_piece(piece)
@@ -45,21 +45,28 @@ def gather(state: Mapping[str, Any], group: Group, *, client_state: Any = None, 
     content.client_state = _encoded(client_state, "client_state")
     for name, piece, box, (start, stop) in parts_of(pieces, group.size):
         spec = TensorSpec(name, tuple(piece.spec.shape), piece.spec.dtype)
+        rank = group.rank if piece.scope == "rank" else None
+        if is_lazy(piece):
+            content.parts.append(Part(spec, box, NOT_HERE, rank, piece.source, start))
+            continue
         data = piece.data.detach().reshape(-1)
         if (start, stop) != (0, data.numel()):
             data = data[start:stop]
-        content.parts.append(Part(spec, box, data, group.rank if piece.scope == "rank" else None))
+        content.parts.append(Part(spec, box, data, rank))
     return content
 
 
-def check_piece(piece: Piece) -> None:
+def check_piece(piece: AnyPiece) -> None:
     """Raise ConfigError where a Shardable gives what its contract excludes."""
     name = piece.spec.name
     if piece.scope not in ("", "rank"):
         raise ConfigError(f"tensor {name!r}: scope is {piece.scope!r}; it must be '' or 'rank'")
     if not 0 <= piece.replica < piece.replicas:
         raise ConfigError(f"tensor {name!r}: replica {piece.replica} of {piece.replicas}")
-    if not piece.data.is_contiguous():
+    if is_lazy(piece):
+        if not callable(getattr(piece.source, "load", None)):
+            raise ConfigError(f"tensor {name!r}: its source, a {type(piece.source).__name__}, has no load()")
+    elif not piece.data.is_contiguous():
         raise ConfigError(f"tensor {name!r}: its data is not contiguous")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,10 +17,12 @@ from .collector import paused
 from .errors import CheckpointIncomplete
 from .extents import Target
 from .jsonvalues import decode
+from .lazy import LazyTarget, store
 from .manifest import Manifest, StoredTensor
+from .plan import AnyPiece
 from .ranks import meet
 from .saving import as_world
-from .shardable import Piece, Shardable, TensorSpec
+from .shardable import Shardable, TensorSpec, is_lazy
 from .snapshot import Snapshot
 from .state import full_name, shardables
 from .trees import Tree
@@ -66,6 +68,12 @@ class _Plan:
     shardables: dict[str, Shardable]
     objects: dict[str, Any]
     targets: list[Target] = field(default_factory=list)
+    lazy: list[LazyTarget] = field(default_factory=list)  # in the order of the places
+
+    def files(self) -> Iterator[str]:
+        """Those that are needed, each perhaps several times."""
+        stored = [target.stored for target in self.targets] + [target.stored for target in self.lazy]
+        return (piece.file for one in stored for piece in one.pieces)
 
 
 def load(
@@ -104,6 +112,7 @@ def load(
                 if callable(begins := getattr(shardable, "begin", None)):
                     begins()  # from here on until finish() its values are of two states
             snapshot.fill(plan.targets)
+            store(snapshot, plan.lazy)
         except Exception as failed:
             error = failed
         agree(world, error, what="load")
@@ -187,7 +196,7 @@ def _agreed(
                 snapshot = Snapshot(path, tag, io=io)
                 plan = _plan(snapshot, state, world, strict)
             word = snapshot.digest
-            snapshot.open(piece.file for target in plan.targets for piece in target.stored.pieces)
+            snapshot.open(plan.files())
         except CheckpointIncomplete as failed:
             if plan is None or turn + 1 == _TRIES or not _replaced(path, tag, word):
                 error = failed
@@ -231,7 +240,10 @@ def _plan(snapshot: Snapshot, state: Mapping[str, Any], world: Group, strict: bo
             rank = _rank_of(piece.scope, world.rank, manifest.world)
             stored = snapshot.stored(full_name(key, piece.spec.name), rank)
             _check_place(stored, piece)
-            plan.targets.append(Target(stored, piece.box, piece.data, rank))
+            if is_lazy(piece):
+                plan.lazy.append(LazyTarget(stored, piece.box, piece.source, piece.spec.dtype, rank))
+            else:
+                plan.targets.append(Target(stored, piece.box, piece.data, rank))
     return plan
 
 
@@ -255,14 +267,19 @@ def _rank_of(scope: str, rank: int, world: int) -> int | None:
     return found
 
 
-def _check_place(stored: StoredTensor, piece: Piece) -> None:
+def _check_place(stored: StoredTensor, piece: AnyPiece) -> None:
     spec, box = stored.spec, piece.box
     if tuple(piece.spec.shape) != spec.shape:
         raise ConfigError(f"tensor {spec.name!r}: {tuple(piece.spec.shape)} here and {spec.shape} in the checkpoint")
     inside = len(box) == len(spec.shape) and all(
         0 <= start <= stop <= size for (start, stop), size in zip(box, spec.shape, strict=True)
     )
-    if not inside or piece.data.numel() != numel(box) or not piece.data.is_contiguous():
+    if is_lazy(piece):
+        if not inside:
+            raise ConfigError(f"tensor {spec.name!r}: the box {box} is not inside {spec.shape}")
+        if not callable(getattr(piece.source, "store", None)):
+            raise ConfigError(f"tensor {spec.name!r}: its source, a {type(piece.source).__name__}, has no store()")
+    elif not inside or piece.data.numel() != numel(box) or not piece.data.is_contiguous():
         raise ConfigError(f"tensor {spec.name!r}: {piece.data.numel()} elements for the box {box} of {spec.shape}")
 
 

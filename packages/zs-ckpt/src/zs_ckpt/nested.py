@@ -8,7 +8,8 @@ from typing import Any
 
 from zs_comm import ConfigError
 
-from .shardable import PROTOCOL, Piece, Shardable, TensorSpec
+from .plan import AnyPiece
+from .shardable import PROTOCOL, Shardable, TensorSpec
 from .trees import Tree
 
 
@@ -28,7 +29,7 @@ class Nested:
         self._value = value
         self._parts = {key: make(key, item) for key, item in value.items()}
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[AnyPiece]:
         for key, part in self._parts.items():
             for piece in part.pieces():
                 yield _under(key, piece)
@@ -40,7 +41,7 @@ class Nested:
         made = {key: getattr(part, "rank_objects", None) for key, part in self._parts.items()}
         return {key: dict(give()) for key, give in made.items() if give is not None}
 
-    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece]:
+    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[AnyPiece]:
         missing = [key for key in self._parts if key not in objects]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing} there; it has {sorted(objects)}")
@@ -89,6 +90,6 @@ def _specs(saved: Mapping[str, TensorSpec], key: str) -> dict[str, TensorSpec]:
     return found
 
 
-def _under(key: str, piece: Piece) -> Piece:
+def _under(key: str, piece: AnyPiece) -> AnyPiece:
     name = piece.spec.name
     return replace(piece, spec=replace(piece.spec, name=f"{key}/{name}" if name else key))

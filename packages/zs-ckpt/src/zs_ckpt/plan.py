@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 from .boxes import Box, boxes_of_range, numel, shape_of
-from .shardable import Piece
+from .shardable import LazyPiece, Piece
+
+AnyPiece: TypeAlias = Piece | LazyPiece
 
 _CUT_NBYTES = 4 << 20  # a part that is worth an entry of its own
 
 
-def parts_of(pieces: Iterable[tuple[str, Piece]], world: int) -> Iterator[tuple[str, Piece, Box, tuple[int, int]]]:
+def parts_of(
+    pieces: Iterable[tuple[str, AnyPiece]], world: int
+) -> Iterator[tuple[str, AnyPiece, Box, tuple[int, int]]]:
     """What this rank writes of its pieces: the name, the piece, the part's box, and its elements in the piece."""
     loads = [0] * world  # bytes by replica, of what every rank holds
     for name, piece in pieces:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from zs_comm import ConfigError, Group, as_group
 
-from .blob import BlobWriter, check_mode, open_writer
+from .blob import BlobWriter, check_mode
 from .collector import paused
 from .commit import Commit
 from .durable import make_folder, put_in_place, remove, sync_folder
@@ -27,7 +27,7 @@ from .names import DEFAULT_TAG, check_case, check_tag, temporary
 from .ranks import meet
 from .retention import clean, collect, collect_leftovers, prune
 from .shardfile import Layout, lay_out, stored_piece
-from .staging import Progress, write_parts
+from .staging import Progress, open_writer_for, write_parts
 
 if TYPE_CHECKING:
     from zs_comm.group import GroupLike
@@ -119,8 +119,9 @@ def save(
         group: the ranks that save together: all of torch.distributed's, or one, where None.
         client_state: anything that JSON can hold, and tuples, bytes, inf and the like; rank 0's is saved.
         step: shown by the tools.
-        asynchronous: return a `Pending` when the state is copied to host memory, and write it in the background.
-        io: "auto", "aio" (zs-offload-aio, or an error) or "threads".
+        asynchronous: return a `Pending` when the state is copied to host memory, and write it in the background. A rank
+            with values that are not in memory (`LazyPiece`) writes its file before this returns, and copies nothing.
+        io: "auto", "aio" (zs-offload-aio, or an error) or "threads". What is not in memory is written by threads.
         keep: how many checkpoints of the folder to keep, this one included; older ones are removed (None: all).
         progress: called with the bytes that have been read and summed so far, and all that this rank writes.
 
@@ -241,15 +242,24 @@ def finish(started: Started, index: Index, keep: int | None) -> None:
         _log.warning("files of older saves could not be removed: %s", error)
 
 
-def run(started: Started, io: str, keep: int | None) -> Saved:
-    """From the agreement to the commit; what fails on one rank is published, so that the others do not wait."""
+def write_all(started: Started, io: str) -> Index:
+    """`write` with a writer of its own."""
+    writer = open_writer_for(started.content.parts, io)
+    try:
+        return write(started, writer)
+    finally:
+        writer.close()
+
+
+def run(started: Started, io: str, keep: int | None, index: Index | None = None) -> Saved:
+    """From the agreement to the commit; what fails on one rank is published, so that the others do not wait.
+
+    `index`: what this rank has written already.
+    """
     commit = started.commit
     try:
-        writer = open_writer(io)
-        try:
-            index = write(started, writer)
-        finally:
-            writer.close()
+        if index is None:
+            index = write_all(started, io)
         finish(started, index, keep)
     except BaseException as error:
         give_up(started, error)

@@ -16,28 +16,35 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from zs_comm import ConfigError
 
 from .boxes import Box, numel, shape_of, whole
 from .dtypes import dtype_name, dtype_of, safetensors_name
 from .manifest import MOST_HEADER, FileEntry, StoredPiece
-from .shardable import TensorSpec
+from .shardable import Source, TensorSpec
 
 _ALIGNMENT = 64
 _LEAST_EXTENT = 4096
 _MOST_EXTENT = 4 << 20
+NOT_HERE = torch.empty(0)  # the data of a part that has a source
 _EXTENTS = 128  # of a piece: a part of it is read with at most 2/128 of the piece too much
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank writes of a tensor. `spec.name` is the full name; `rank`: the only rank that it belongs to."""
+    """What one rank writes of a tensor. `spec.name` is the full name; `rank`: the only rank that it belongs to.
+
+    Values that are not in memory are the elements of `source` from `start` on; `data` is then empty.
+    """
 
     spec: TensorSpec
     box: Box
     data: Tensor  # the box's elements in row-major order, contiguous
     rank: int | None = None
+    source: Source | None = None
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +109,7 @@ def lay_out(parts: Iterable[Part], metadata: dict[str, str]) -> Layout:
         entry, shape, code = part.entry, list(shape_of(part.box)), safetensors_name(part.spec.dtype)
         if entry in members:
             raise ConfigError(f"tensor {entry!r} is saved twice by this rank")
-        if part.data.numel() != numel(part.box) or part.data.dtype != part.spec.dtype:
+        if part.source is None and (part.data.numel() != numel(part.box) or part.data.dtype != part.spec.dtype):
             raise ConfigError(
                 f"tensor {entry!r}: {part.data.numel()} elements of {part.data.dtype} are not the box of "
                 f"{numel(part.box)} elements of {part.spec.dtype}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from zs_comm.views import bytes_of
 
 from .blob import BlobReader, Ticket, open_reader, wait_for
 from .boxes import Box, shape_of, whole
@@ -28,7 +29,6 @@ from .manifest import Manifest, StoredTensor, parse_manifest
 from .names import MANIFEST, check_tag, open_file
 from .sealed import read_sealed
 from .threads import in_threads, processors
-from .views import bytes_of
 
 _THREADS = min(max(processors(), 2), 4)
 _THREADS_THAT_WAIT = 8  # where a read is done by the thread that asks for it
@@ -122,6 +122,10 @@ class Snapshot:
         with paused():
             reads = [read for target in targets for read in reads_of(target)]
         wait_for_devices(target.data for target in targets)
+        self.run(reads)
+
+    def run(self, reads: Sequence[Read]) -> None:
+        """Carry out reads of open files: what they are for is in its place, verified. Raises as `fill`."""
         self.each(reads, self._place)
         self.nbytes_read += sum(read.nbytes for read in reads)
 

@@ -22,6 +22,7 @@ from zs_comm.language import extended
 from zs_zero.batch import BatchSizes
 from zs_zero.config import Bf16Config, OptimizerConfig, ZeroConfig
 from zs_zero.loop_config import LoopConfig
+from zs_zero.offload_config import TiersConfig
 from zs_zero.precision_config import PrecisionConfig
 from zs_zero.requirements import requirements
 from zs_zero.rules import contradictions
@@ -35,12 +36,12 @@ Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_OFFLOAD = Note("harmless", "concerns offload, which is refused by its own name")
+_OWN = Note("harmless", "an offloaded optimizer is the one that was given: its own formula, on blocks")
 _OLD_BOOL = Note("equivalent", "true is the old way to say stage 1, and false to say stage 0")
 _NO_SP = Note("harmless", "there is no sequence parallelism in this configuration")
 
 
-class EngineConfig(LoopConfig, PrecisionConfig, TypesConfig):
+class EngineConfig(LoopConfig, PrecisionConfig, TiersConfig, TypesConfig):
     """The keys of a DeepSpeed configuration that do something."""
 
     train_batch_size: Count | None = Field(default=None, description="samples in an optimizer step, over all ranks")
@@ -53,7 +54,7 @@ class EngineConfig(LoopConfig, PrecisionConfig, TypesConfig):
     gradient_predivide_factor: Annotated[float, Field(gt=0)] = Field(default=1.0, description="part of it done before")
     seq_parallel_communication_data_type: Annotated[Dtype, _NO_SP] = "fp32"
     zero_allow_untested_optimizer: bool = Field(default=False, description="shard what may not be element-wise")
-    zero_force_ds_cpu_optimizer: Annotated[bool, _OFFLOAD] = True
+    zero_force_ds_cpu_optimizer: Annotated[bool, _OWN] = True
     dataloader_drop_last: bool = Field(default=False, description="drop the last batch where it is smaller")
     log_level: LogLevel | None = Field(default=None, description="of the logger `zs_engine`")
     disable_allgather: Annotated[bool, Note("harmless", "DeepSpeed reads and does not use it")] = False
@@ -94,7 +95,8 @@ def examine(
     lists = [len(value) for value in config.scheduler.given.values() if isinstance(value, list)]
     groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(max([1, *lists]))]  # a value for each
     zero, untested = config.zero_optimization, config.zero_allow_untested_optimizer
-    rule = functools.partial(requirements, stage=zero.stage, allow_untested=untested)
+    files = zero.optimizer_offload.device == "nvme"
+    rule = functools.partial(requirements, stage=zero.stage, allow_untested=untested, files=files)
     for problem in config.optimizer.problems(lambda: [dict(groups[0])], rule):
         report(("optimizer", *problem.path), problem.text, kind=problem.kind)
     for problem in config.scheduler.problems(lambda: torch.optim.AdamW(list(map(dict, groups))), first_step):

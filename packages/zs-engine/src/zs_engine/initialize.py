@@ -91,7 +91,8 @@ def initialize(
         predivide_factor=settings.gradient_predivide_factor,
         allow_untested_optimizer=settings.zero_allow_untested_optimizer,
         **settings.zero_optimization.options(),
-        **settings.bfloat16.options() | settings.scaling_options(device.type) | settings.types_options(),
+        **settings.bfloat16.options() | settings.scaling_options(device.type),
+        **settings.types_options() | settings.tiers_options(),
     )
     where: dict[str, Any] = {"world": world, "local_rank": place.local_rank, "device": device}
     with closed_on_error(zero), agreed(group, "schedule and data"):

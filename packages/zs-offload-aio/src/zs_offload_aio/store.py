@@ -43,8 +43,11 @@ class NvmeStore:
     memory, which is locked in RAM with `lock` as far as the limit allows. `keep` leaves the file in the folder.
     `direct=False` goes through the page cache. `timeout_s` bounds the waits of `discard` and `close`.
 
-    Raises `OSError` with the path where the folder is missing, is no folder, or takes no file. In a forked child every
-    call but `close` raises `RuntimeError`.
+    `block_size` (bytes of one transfer, a multiple of 4096), `queue_depth` (transfers in flight), `threads` and
+    `backend` are `chunk_nbytes`, `depth`, `threads` and `backend` of the `Engine` that the store makes for itself.
+
+    Raises `OSError` with the path where the folder is missing, is no folder, or takes no file, `ValueError` for an
+    option out of its range, or beside an `engine`. In a forked child every call but `close` raises `RuntimeError`.
     """
 
     PROTOCOL = 1
@@ -59,13 +62,19 @@ class NvmeStore:
         keep: bool = False,
         direct: bool = True,
         timeout_s: float = 120.0,
+        block_size: int | None = None,
+        queue_depth: int | None = None,
+        threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
+        if engine is not None and (block_size, queue_depth, threads, backend) != (None,) * 4:
+            raise ValueError("block_size, queue_depth, threads and backend are the engine's: give them, or an engine")
         self.alignment = alignment
         self.timeout_s = timeout_s
         self.path = _new_path(folder)
         self._pool = Pool(alignment=alignment, lock=lock)  # ValueError where alignment is none
         self._own_engine = engine is None
-        self._engine = Engine() if engine is None else engine
+        self._engine = engine or Engine(backend=backend, chunk_nbytes=block_size, depth=queue_depth, threads=threads)
         try:
             self._file = self._engine.open(self.path, "x", direct=direct, permissions=0o600)
             if not keep:

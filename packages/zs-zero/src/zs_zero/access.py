@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from zs_comm import ConfigError, Group, agreed, same_everywhere
 
-from .flat import Flat, HeldPiece
+from .flat import Flat
+from .flat_pieces import HeldPiece
 from .sync import checksum
+from .tiers.update import scaled as scaled_by
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -46,7 +48,9 @@ class ParameterAccess(abc.ABC):
     def full_param(self, param: nn.Parameter) -> Tensor:
         """`param`'s master value, whole, in fp32 or what is more precise. Collective."""
         flat, _ = self._flat_of(param)
-        return self._runtime.whole_of(flat, param, self._values(flat).to(_precise(flat)))
+        with self._runtime.moving(flat):
+            held = self._values(flat).to(_precise(flat))
+        return self._runtime.whole_of(flat, param, held)
 
     @torch.no_grad()
     def set_full_param(self, param: nn.Parameter, value: Tensor) -> None:
@@ -67,9 +71,10 @@ class ParameterAccess(abc.ABC):
         flat, index = self._flat_of(param)
         self._runtime.check_not_borrowed("set_local_param()")
         part = self._part(flat, index, value, "value")
-        self._runtime.take_writes([flat])
-        for held in _owned(flat, param):
-            flat.store(held.low, held.high, part.to(flat.kept.value))
+        with self._runtime.moving(flat):
+            self._runtime.take_writes([flat])
+            for held in _owned(flat, param):
+                flat.store(held.low, held.high, part.to(flat.kept.value))
         self._runtime.spread([(flat, [index])])
 
     def local_slice(self, param: nn.Parameter) -> slice:
@@ -87,7 +92,9 @@ class ParameterAccess(abc.ABC):
         self._reduce()
         if not self._has_gradient(flat, index):
             return None
-        return self._runtime.whole_of(flat, param, self._gradients(flat, [index]))
+        with self._runtime.moving(flat):
+            grads = self._gradients(flat, [index])
+        return self._runtime.whole_of(flat, param, grads)
 
     @torch.no_grad()
     def set_full_grad(self, param: nn.Parameter, value: Tensor) -> None:
@@ -129,7 +136,9 @@ class ParameterAccess(abc.ABC):
             there = {index: flat.plan.entries[index] for index in indices if self._has_gradient(flat, index)}
             if not there:
                 continue
-            whole = self._runtime.whole_flat(flat, self._gradients(flat, list(there)))
+            with self._runtime.moving(flat):
+                grads = self._gradients(flat, list(there))
+            whole = self._runtime.whole_flat(flat, grads)
             new: dict[int, Tensor] = {}
             with agreed(self.group, "the update of gradients"):
                 for index, entry in there.items():
@@ -148,21 +157,24 @@ class ParameterAccess(abc.ABC):
         None while the state does not exist (before the parameter's first update).
         """
         flat, _ = self._flat_of(param)
+        self._settle()
         owner = self._placement.owner(param)
         if owner is not None:
-            mine = [self.state.get(piece, {}).get(key) for piece, _, _ in self._by_param.get(id(param), [])]
+            mine = [self._state_of(owned, key) for owned in self._by_param.get(id(param), [])]
             whole = self._placement.from_owner(mine[0] if mine else None, owner)
             return whole.to(_precise(flat)) if whole is not None and _is_cut(whole, param) else whole
         held_state = torch.zeros(flat.held_numel, dtype=_precise(flat), device=flat.whole.device)
         other: Any = None
         known = False
-        for piece, _, held in self._by_param.get(id(param), []):
-            value = self.state.get(piece, {}).get(key)
-            if _is_cut(value, piece):
-                held_state[held.low : held.high].copy_(value.reshape(-1))
-                known = True
-            elif value is not None:
-                other = value
+        with self._runtime.moving(flat):
+            for owned in self._by_param.get(id(param), []):
+                piece, _, held = owned
+                value = self._state_of(owned, key)
+                if _is_cut(value, piece):
+                    held_state[held.low : held.high].copy_(value.reshape(-1))
+                    known = True
+                elif value is not None:
+                    other = value
         flags = self._runtime.anywhere([known, other is not None])
         if flags[0]:
             return self._runtime.whole_of(flat, param, held_state)
@@ -177,6 +189,7 @@ class ParameterAccess(abc.ABC):
         Collective. Raises ConfigError where that state does not exist.
         """
         flat, index = self._flat_of(param)
+        self._settle()
         value = torch.as_tensor(value)
         cut = value.dim() > 0 and value.numel() == param.numel()
         if cut:
@@ -189,20 +202,23 @@ class ParameterAccess(abc.ABC):
             raise ConfigError(f"the optimizer has no state {key!r} of {name!r}; before the first update it has none")
         if (as_cut and not cut) or (otherwise and cut and value.numel() > 1):
             raise ConfigError(f"state {key!r} of {name!r} has another shape than the value {tuple(value.shape)}")
-        for piece, _, held in mine:
-            self._fill_state(piece, key, value[held.piece.start : held.piece.stop] if as_cut else value.reshape(()))
+        with self._runtime.moving(flat):
+            for owned in mine:
+                part = owned[2].piece
+                self._fill_state(owned, key, value[part.start : part.stop] if as_cut else value.reshape(()))
 
     @torch.no_grad()
     def local_state(self, param: nn.Parameter, key: str) -> Tensor | None:
         """This rank's part of the optimizer state `key` of `param`: (n,), or 0-dim; None where it has none. A copy."""
         self._flat_of(param)
-        for piece, flat, _ in self._by_param.get(id(param), []):
-            value = self.state.get(piece, {}).get(key)
-            if _is_cut(value, piece):
-                own: Tensor = value.detach().reshape(-1).to(_precise(flat), copy=True)
-                return own
-            return None if value is None else torch.as_tensor(value).detach().clone()
-        return None
+        self._settle()
+        parts: list[Tensor] = []
+        for owned in self._by_param.get(id(param), []):
+            value = self._state_of(owned, key)
+            if not _is_cut(value, owned[0]):
+                return None if value is None else torch.as_tensor(value).detach().clone()
+            parts.append(value.detach().reshape(-1).to(_precise(owned[1]), copy=True))
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
     @torch.no_grad()
     def set_local_state(self, param: nn.Parameter, key: str, value: Tensor) -> None:
@@ -211,22 +227,36 @@ class ParameterAccess(abc.ABC):
         Nothing is to be done on a rank that owns no element. Raises ConfigError where that state does not exist.
         """
         flat, index = self._flat_of(param)
+        self._settle()
         name = flat.plan.entries[index].spec.name
         value = torch.as_tensor(value)
-        for piece, _, _ in self._by_param.get(id(param), []):
+        mine, first = self._by_param.get(id(param), []), 0
+        owns = sum(piece.numel() for piece, _, _ in mine)
+        for piece, _, _ in mine:
             before = self.state.get(piece, {}).get(key)
             if before is None:
                 raise ConfigError(
                     f"the optimizer has no state {key!r} of {name!r}; before the first update it has none"
                 )
-            if value.numel() != (piece.numel() if _is_cut(before, piece) else 1):
-                raise ConfigError(f"state {key!r} of {name!r} has {piece.numel()} elements here, not {value.numel()}")
-            self._fill_state(piece, key, value)
+            if value.numel() != (owns if _is_cut(before, piece) else 1):
+                raise ConfigError(f"state {key!r} of {name!r} has {owns} elements here, not {value.numel()}")
+        for owned in mine:
+            numel = owned[0].numel()
+            if value.numel() == owns and value.dim():
+                self._fill_state(owned, key, value.reshape(-1)[first : first + numel])
+            else:
+                self._fill_state(owned, key, value)
+            first += numel
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _flat_of(self, param: nn.Parameter) -> tuple[Flat, int]:
         self.check_usable()
         return self._runtime.flat_of(param)
+
+    def _settle(self) -> None:
+        """The client's states are those after the last step, whatever was begun since."""
+        if self._runtime.tiers is not None:
+            self._runtime.tiers.settle()
 
     def _values(self, flat: Flat) -> Tensor:
         """(held_numel,): the masters, or what they amount to."""
@@ -234,31 +264,38 @@ class ParameterAccess(abc.ABC):
         return flat.values()
 
     def _has_gradient(self, flat: Flat, index: int) -> bool:
-        return index in flat.used and (flat.grad is not None or flat.params[index].grad is not None)
+        return index in flat.used and (flat.has_reduced or flat.params[index].grad is not None)
 
     def _gradients(self, flat: Flat, indices: list[int]) -> Tensor:
         """(held_numel,): those of `indices`, reduced and unscaled, in high precision."""
-        if flat.grad is not None:
-            held = flat.grad.to(_precise(flat))
+        reduced = flat.reduced()
+        if reduced is not None:
+            held = reduced.to(_precise(flat))
         else:  # one rank leaves them where autograd put them
             held = torch.zeros(flat.held_numel, dtype=_precise(flat), device=flat.whole.device)
             for index in indices:
                 grad, entry = flat.params[index].grad, flat.plan.entries[index]
                 if grad is not None:
-                    held[entry.offset : entry.stop].copy_(grad.reshape(-1))
+                    held[entry.offset : entry.stop].copy_(scaled_by(grad.reshape(-1), flat.factors, flat.kept.grad))
         return self._runtime.scaling.unscaled(held)
 
     def _write_gradient(self, flat: Flat, index: int, part_of: Callable[[HeldPiece], Tensor]) -> None:
         """Replaces this rank's part of a gradient by `part_of` (its piece)."""
         param, scaled = flat.params[index], self._runtime.scaling.scaled
-        if flat.grad is None and self.group.size == 1 and flat.leaves_gradients:
+        flat.settle_factors()
+        if not flat.has_reduced and self.group.size == 1 and flat.leaves_gradients:
+            if param.grad is None:
+                param.grad = torch.zeros(param.shape, dtype=param.dtype, device=flat.whole.device)
             for held in _owned(flat, param):
-                param.grad = scaled(part_of(held)).to(param.dtype, copy=True).reshape(param.shape)
+                param.grad.view(-1)[held.piece.start : held.piece.stop].copy_(scaled(part_of(held)))
         else:
-            if flat.grad is None:
-                flat.grad = torch.zeros(flat.held_numel, dtype=flat.kept.grad, device=flat.whole.device)
+            total = flat.reduced()
+            if total is None:
+                total = torch.zeros(flat.held_numel, dtype=flat.kept.grad, device=flat.whole.device)
             for held in _owned(flat, param):
-                flat.grad[held.low : held.high].copy_(scaled(part_of(held)))
+                total[held.low : held.high].copy_(scaled(part_of(held)))
+            flat.factors = []
+            flat.set_reduced(total)
         flat.used.add(index)
 
     def _local(self, flat: Flat, param: nn.Parameter, held_values: Tensor) -> Tensor:
@@ -285,17 +322,29 @@ class ParameterAccess(abc.ABC):
         same_everywhere(_checked(value), replicas, what=f"the {what} given for {entry.spec.name!r}")
         return value
 
-    def _fill_state(self, piece: Tensor, key: str, value: Tensor) -> None:
+    def _state_of(self, owned: tuple[Tensor, Flat, HeldPiece], key: str) -> Any:
+        """A state of a piece: itself, or a copy of what is in files; None where there is none."""
+        piece, flat, held = owned
+        value = self.state.get(piece, {}).get(key)
+        tiers = self._runtime.tiers
+        if tiers is not None and _is_cut(value, piece) and tiers.in_files(flat, held):
+            return tiers.read_state(flat, held, piece, key)
+        return value
+
+    def _fill_state(self, owned: tuple[Tensor, Flat, HeldPiece], key: str, value: Tensor) -> None:
         """In place and in the state's own dtype where it is a tensor."""
-        before = self.state[piece][key]
-        if isinstance(before, Tensor):
+        piece, flat, held = owned
+        before, tiers = self.state[piece][key], self._runtime.tiers
+        if tiers is not None and _is_cut(before, piece) and tiers.in_files(flat, held):
+            tiers.write_state(flat, held, key, value)
+        elif isinstance(before, Tensor):
             before.copy_(value.reshape(before.shape))
         else:
             self.state[piece][key] = type(before)(value.item())
 
 
 def _owned(flat: Flat, param: nn.Parameter) -> list[HeldPiece]:
-    return [held for held in flat.owned() if held.param is param]
+    return [held for held in flat.owned_uncut() if held.param is param]
 
 
 def _checked(value: Tensor) -> str:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from zs_comm import ConfigError
 
-from .parts import PROTOCOL, Piece, TensorSpec, parts_of, whole_part
+from .parts import PROTOCOL, LazyPiece, Piece, TensorSpec, lazy_parts_of, parts_of, whole_part
 
 if TYPE_CHECKING:
     from .flat import Flat
     from .optimizer import ZeroOptimizer
     from .runtime import Runtime
 
+AnyPiece = Piece | LazyPiece
 _SHOWN = 8  # problems named in an error
 
 
@@ -63,7 +64,7 @@ class ModelState:
 
     # -- save ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[AnyPiece]:
         self._optimizer.check_usable()
         self._runtime.take_writes(self._runtime.flats)
         for flat in self._runtime.flats:
@@ -81,12 +82,15 @@ class ModelState:
         without = sorted(self._runtime.plan.frozen) if self.exclude_frozen else []
         return {"world": self._dp.size, "tied": self._aliases(), "extra": extra, "without": without}
 
-    def _of_flat(self, flat: Flat, saved: Mapping[str, str] | None = None) -> Iterator[Piece]:
+    def _of_flat(self, flat: Flat, saved: Mapping[str, str] | None = None) -> Iterator[AnyPiece]:
         """This rank's pieces; with `saved` ({name here: name there}) only of those, under the names there."""
+        replica, replicas = replica_of(self._runtime)
+        if flat.home is not None:
+            yield from self._at_home(flat, saved, replica, replicas)
+            return
         values = flat.values()
         if saved is not None and flat.rest is not None:
             self._sums.append((flat, values))
-        replica, replicas = replica_of(self._runtime)
         for entry in flat.plan.entries:
             name = entry.spec.name if saved is None else saved.get(entry.spec.name)
             if name is not None and not entry.spec.numel:
@@ -100,9 +104,27 @@ class ModelState:
                 part = values[held.low : held.high]
                 yield from parts_of(spec, held.piece.start, part, replica=replica, replicas=replicas)
 
+    def _at_home(self, flat: Flat, saved: Mapping[str, str] | None, replica: int, replicas: int) -> Iterator[AnyPiece]:
+        """The same of a flat that is (partly) in files: its values come and go block by block."""
+        dtype = flat.values(slice(0, 0)).dtype
+        for entry in flat.plan.entries:
+            name = entry.spec.name if saved is None else saved.get(entry.spec.name)
+            if name is not None and not entry.spec.numel:
+                spec = TensorSpec(name, entry.spec.shape, dtype)
+                yield whole_part(spec, torch.empty(0, dtype=dtype), replica=self._dp.rank, replicas=self._dp.size)
+        for held in flat.owned():
+            entry = flat.plan.entries[held.piece.index]
+            name = entry.spec.name if saved is None else saved.get(entry.spec.name)
+            if name is not None:
+                spec = TensorSpec(name, entry.spec.shape, dtype)
+                source = Values(flat, held.low - held.piece.start)
+                yield from lazy_parts_of(
+                    spec, held.piece.start, held.piece.stop, source, replica=replica, replicas=replicas
+                )
+
     # -- load ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece]:
+    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[AnyPiece]:
         self._runtime.check_not_borrowed("loading a checkpoint")
         found = self._match(saved, dict(objects.get("tied", {})), objects.get("without", ()))
         self._runtime.take_writes(self._runtime.flats)
@@ -197,6 +219,24 @@ class ModelState:
             if first.setdefault(id(tensor), name) != name:
                 aliases[name] = first[id(tensor)]
         return aliases
+
+
+class Values:
+    """The values of a parameter whose first element is `low` of its flat, as a checkpoint loads and stores them.
+
+    Of those before this rank's part `low` is counted backwards.
+    """
+
+    def __init__(self, flat: Flat, low: int) -> None:
+        self._flat, self._low = flat, low
+
+    def load(self, start: int, into: Tensor) -> None:
+        at = self._low + start
+        into.copy_(self._flat.values(slice(at, at + into.numel())))
+
+    def store(self, start: int, values: Tensor) -> None:
+        at = self._low + start
+        self._flat.store(at, at + values.numel(), values.to(self._flat.kept.value))
 
 
 def model_state(model: nn.Module) -> ModelState:

@@ -9,26 +9,20 @@ and is refused by name otherwise. `"auto"` means the default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from zs_comm import ConfigError
 from zs_comm.config import Problem, config_error, shown
 from zs_comm.factory import TypeAndParams, classes_of
 from zs_comm.keys import DeepSpeedSection, Later, Note
 
-from .offload_config import (
-    OFFLOAD,
-    LeafModuleConfig,
-    LocoConfig,
-    OffloadOptimizerConfig,
-    OffloadParamConfig,
-    Size,
-    ZenFlowConfig,
-)
+from .later_config import LeafModuleConfig, LocoConfig, Size, ZenFlowConfig
+from .offload_config import OffloadOptimizerConfig, OffloadParamConfig
+from .offload_rules import with_old_spellings
 from .optimizers.muon import mark_for_muon
 from .optimizers.named import NAMED, NOT_THERE, REFUSED
 
@@ -43,6 +37,10 @@ _overlap = Note("equivalent", "communication always runs beside the computation"
 _ranks = Note("harmless", "every rank sends its share; there is no other path to choose")
 _gather = Note("equivalent", "save_16bit_model and zs_zero.full_state_dict gather whole weights whatever this says")
 _files = Note("harmless", "concerns the layout of checkpoint files, which do not depend on it")
+
+
+def _old(new: str) -> Note:
+    return Note("equivalent", f"the old way to say {new}")
 
 
 class ZeroConfig(DeepSpeedSection):
@@ -64,13 +62,13 @@ class ZeroConfig(DeepSpeedSection):
     elastic_checkpoint: Annotated[bool, _files] = False
     offload_param: OffloadParamConfig | None = None
     offload_optimizer: OffloadOptimizerConfig | None = None
-    cpu_offload: Annotated[bool | None, Later(OFFLOAD)] = None
-    cpu_offload_param: Annotated[bool | None, Later(OFFLOAD)] = None
-    cpu_offload_params: Annotated[bool | None, Later(OFFLOAD)] = None
-    cpu_offload_use_pin_memory: Annotated[bool, Note("harmless", "nothing is offloaded")] = False
+    cpu_offload: Annotated[bool | None, _old("offload_optimizer.device: 'cpu'")] = None
+    cpu_offload_param: Annotated[bool | None, _old("offload_param.device: 'cpu'")] = None
+    cpu_offload_params: Annotated[bool | None, _old("offload_param.device: 'cpu'")] = None
+    cpu_offload_use_pin_memory: Annotated[bool | None, _old("pin_memory of what is offloaded to 'cpu'")] = None
     zenflow: Annotated[ZenFlowConfig | None, Later("ZenFlow is not there yet")] = None
-    sub_group_size: Annotated[Size, Note("harmless", "the step runs unit by unit; the size concerns offload")] = (
-        1_000_000_000
+    sub_group_size: Size = Field(
+        default=1_000_000_000, description="elements of an offloaded optimizer's blocks at most, but not below 64"
     )
     prefetch_bucket_size: Annotated[Size, Note("equivalent", "one unit is fetched ahead; 0 turns prefetch off")] = (
         Field(default=50_000_000, alias="stage3_prefetch_bucket_size", description="elements; 0: no prefetch")
@@ -121,9 +119,24 @@ class ZeroConfig(DeepSpeedSection):
     ] = False
     leaf_module: Annotated[LeafModuleConfig | None, Later("name the units by zs_zero.shard(units=...) instead")] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_offload(cls, data: Any) -> Any:
+        return with_old_spellings(data) if isinstance(data, Mapping) else data
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `zs_zero.shard` that this section decides."""
-        return {"stage": self.stage, "prefetch": self.prefetch_bucket_size > 0}
+        options: dict[str, Any] = {"stage": self.stage, "prefetch": self.prefetch_bucket_size > 0}
+        if self.optimizer_offload.leaves:
+            options["offload_optimizer"] = self.optimizer_offload.capped(self.sub_group_size)
+        if self.offload_param is not None and self.offload_param.device != "none":
+            options["offload_param"] = self.offload_param
+        return options
+
+    @property
+    def optimizer_offload(self) -> OffloadOptimizerConfig:
+        """`offload_optimizer`, or what holds where that is not given."""
+        return self.offload_optimizer or OffloadOptimizerConfig()
 
     @property
     def shards_states(self) -> bool:

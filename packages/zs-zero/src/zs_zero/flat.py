@@ -4,60 +4,37 @@
     shard   (held_numel,)   this rank's slice. A view of `whole` where `whole` stays; storage of its own at stage 3.
     master  (held_numel,)   fp32 copies for 16-bit parameters; else the shard itself; None when frozen.
     rest    (held_numel,)   what compensated bf16 parameters lack (`rounding.split`); else None.
-    grad    (held_numel,)   `kept.grad` once reduced; None outside of a window.
+    grad    (held_numel,)   `grad_dtype` once reduced; None outside of a window.
 
-`held_numel` is one slice, or all of them at stage 0 (every rank owns everything).
+`held_numel` is one slice, or all of them at stage 0 (every rank owns everything). A flat with a `home` has parameters,
+masters or gradients in files: there `master` and `rest` are those of the first, resident elements, `shard` is empty
+where the parameters are away, and `values`, `store` and `reduced` are how to reach them.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from zs_comm import ConfigError, Group, Work, all_gather
+from zs_comm import ConfigError, Group, Work, agreed, all_gather
 
+from .flat_gradients import FlatGradients
+from .flat_pieces import HeldPiece, is_element_wise
+from .flat_reading import FlatReading, ParamState
 from .initialize import bring
 from .plan import FlatPlan, Piece
 from .precision import Kept, Precision
 from .released import classes_of
 from .rounding import join, split
+from .tiers.blocks import MASTER, REST, cut_pieces
+from .tiers.update import hollow
+
+if TYPE_CHECKING:
+    from .tiers.home import FlatHome
 
 
-class ParamState(Enum):
-    """Where the values of a flat are, and what that costs this rank."""
-
-    RELEASED = "released"  # the shard only: numel / slices elements
-    GATHERING = "gathering"  # shard and whole; the values are on their way
-    WHOLE = "whole"  # shard and whole (stage 3), or whole alone (stages 0-2)
-    OFFLOADED = "offloaded"  # nothing on the device, by `offload_states`
-
-
-@dataclass(frozen=True)
-class HeldPiece:
-    """A piece this rank owns: `param.view(-1)[piece.start:piece.stop]` is `held[low:high]` of its flat."""
-
-    param: nn.Parameter
-    piece: Piece
-    low: int
-    high: int
-    gathered: Tensor | None = None  # (numel,): the gradient of a parameter that this rank updates whole (`placement`)
-
-    def cut(self, value: Any, like: Tensor) -> Any:
-        """The part that belongs to this piece of a state of the whole parameter, shaped as `like`; a copy."""
-        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == self.param.numel():
-            return value.reshape(-1)[self.piece.start : self.piece.stop].reshape(like.shape).clone()
-        return value.clone() if isinstance(value, Tensor) else value
-
-
-def is_element_wise(state: Any, piece: Tensor) -> bool:
-    """Whether an optimizer's state has a floating-point number for each element of `piece`."""
-    whole = isinstance(state, Tensor) and state.dim() > 0 and state.numel() == piece.numel()
-    return whole and state.is_floating_point()
-
-
-class Flat:
+class Flat(FlatGradients, FlatReading):
     """The values, masters and reduced gradients of one `FlatPlan` on this rank."""
 
     def __init__(
@@ -70,11 +47,20 @@ class Flat:
         releasable: bool,
         name: str,
         kept: Kept | None = None,
+        home: "FlatHome | None" = None,
+        grad_dtype: torch.dtype | None = None,
+        state_device: torch.device | None = None,
+        apart: bool = False,
+        pin_states: bool = True,
+        pin_parameters: bool = True,
+        told: Group | None = None,
     ) -> None:
         self.plan = plan
+        self.home = home
         self.kept = kept or Precision().of(plan.dtype)
         self.params = params
         self.group = group
+        self.told = told or group  # who has to know of a part that cannot be read
         self.held = held  # slices this rank owns
         self.releasable = releasable
         self.name = name
@@ -82,14 +68,15 @@ class Flat:
         self.borrowers = 0  # `gathered` blocks that need the whole values
         self.held_numel = plan.shard_numel * len(held)
         self.sixteen_bit = plan.dtype in (torch.bfloat16, torch.float16)
-        self.master_dtype, self.grad_dtype = self.kept.master, self.kept.grad
+        self.master_dtype = self.kept.master
+        FlatGradients.__init__(self, grad_dtype=grad_dtype or self.kept.grad, state_device=state_device)
+        self.pin_states, self.pin_parameters = pin_states, pin_parameters  # host memory that a device copies from or to
+        FlatReading.__init__(self, apart=apart)
         self.whole = torch.empty(0)
         self.shard = torch.empty(0)
         self.master: Tensor | None = None
         self.rest: Tensor | None = None
         self.lent: Tensor | None = None  # the values when `gathered` gave them out, where the shard is no copy of them
-        self.grad: Tensor | None = None
-        self.used: set[int] = set()  # parameters that got a gradient in this window, on any rank
         self.versions: list[int] = []
         self._held_pieces: tuple[HeldPiece, ...] | None = None
         self._work: Work | None = None
@@ -99,6 +86,13 @@ class Flat:
             for param, entry in zip(params, plan.entries, strict=True):
                 param.__dict__["_zs_name"] = entry.spec.name
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether `values` are more exact than the parameters."""
+        owned = self.home.blocks.owned.keys() if self.home is not None else set()
+        kept = self.master is not None or bool(owned & {MASTER, REST})
+        return kept and self.kept.value != self.plan.dtype
+
     # -- building -----------------------------------------------------------------------------------------------------
     def adopt(self, device: torch.device, *, want_master: bool) -> None:
         """Moves the parameters' present values into the flat buffer (and, before the cast, into the masters)."""
@@ -106,7 +100,7 @@ class Flat:
         trained = want_master and self.plan.trainable
         needs_copy = trained and self.kept.value != self.plan.dtype
         compensated = trained and self.kept.update == "kahan"
-        master = torch.zeros(self.held_numel, dtype=self.kept.value, device=device) if needs_copy else None
+        master = self.beside(self.held_numel, self.kept.value) if needs_copy else None
         base = self.held.start * self.plan.shard_numel
         for entry, param in zip(self.plan.entries, self.params, strict=True):
             bring(param)
@@ -121,12 +115,15 @@ class Flat:
             # created the ordinary way it would share the buffer's, and a gather would look like an in-place change
             param.data = view.view(entry.spec.shape)
         own = self.whole[base : base + self.held_numel]
-        self.shard = own.clone() if self.releasable else own
-        if trained:
+        away = self.home is not None and self.home.parameters_away
+        self.shard = own.new_empty(0) if away else own.clone() if self.releasable else own
+        if self.home is not None:
+            self.home.move_in(self, own, master, trained=trained)
+        elif trained:
             self.master = self.shard if self.kept.master == self.plan.dtype else master
-        if compensated and master is not None:
-            self.rest = torch.zeros_like(self.shard, dtype=torch.int16)
-            self.store(0, self.held_numel, master)
+            if compensated and master is not None:
+                self.rest = self.beside(self.held_numel, torch.int16)
+                self.store(0, self.held_numel, master)
         self.note_versions()
 
     def held_pieces(self) -> tuple[HeldPiece, ...]:
@@ -141,23 +138,30 @@ class Flat:
         return self._held_pieces
 
     def owned(self) -> Iterator[HeldPiece]:
-        """The pieces the optimizer works on: as `held_pieces`, but whole parameters where all slices are held."""
+        """The pieces the optimizer works on: as `held_pieces`, but whole parameters where all slices are held.
+
+        Where a home has blocks, cut at their borders.
+        """
+        if self.home is not None:
+            yield from (held for held, _ in cut_pieces(list(self.owned_uncut()), self.home.blocks.blocks))
+            return
+        yield from self.owned_uncut()
+
+    def owned_uncut(self) -> Iterator[HeldPiece]:
+        """As `owned`, without regard to blocks: one piece of a parameter, or none."""
         if len(self.held) < self.plan.slices:
             yield from self.held_pieces()
             return
         for index, (entry, param) in enumerate(zip(self.plan.entries, self.params, strict=True)):
             yield HeldPiece(param, Piece(index, 0, entry.spec.numel, entry.offset), entry.offset, entry.stop)
 
-    def gradient(self, held: HeldPiece) -> Tensor:
-        """The reduced gradient of a held piece, 1-d, or as autograd made it: one rank leaves fp32 ones there."""
-        if held.gathered is not None:
-            return held.gathered
-        if self.grad is not None:
-            return self.grad[held.low : held.high]
-        grad = held.param.grad
-        if grad is None:
-            raise RuntimeError(f"{self.name}: a parameter counted as used has no gradient")
-        return grad if grad.numel() == held.piece.numel else grad.reshape(-1)[held.piece.start : held.piece.stop]
+    def master_of(self, held: HeldPiece) -> Tensor:
+        """(n,): what the client's optimizer holds of an owned piece; hollow where a home has the values."""
+        if self.home is not None or self.state_device is not None:
+            return hollow(torch.Size((held.high - held.low,)), self.kept.master)
+        if self.master is None:
+            raise RuntimeError(f"{self.name}: a trainable flat buffer without a master")
+        return self.master[held.low : held.high]
 
     def like(self, param: nn.Parameter, value: Tensor) -> Tensor:
         """A whole value of `param` (numel,) where the masters are, in their dtype. Raises ConfigError for its size."""
@@ -166,13 +170,19 @@ class Flat:
         return value.detach().reshape(-1).to(param.device, self.kept.value)
 
     def values(self, at: slice = slice(None)) -> Tensor:
-        """The parameters' exact values (held_numel,) in `kept.value`: the masters themselves, or sums made for you."""
+        """The parameters' exact values (held_numel,) in `kept.value`: the masters themselves, or made for you."""
+        if self.home is not None:
+            low, high, _ = at.indices(self.held_numel)
+            return self.home.values(self, low, high)
         if self.rest is not None:
-            return join(self.shard[at], self.rest[at])
+            return join(self.shard[at].to(self.rest.device), self.rest[at])
         return (self.master if self.master is not None else self.shard)[at]
 
     def store(self, low: int, high: int, values: Tensor) -> None:
         """Sets elements `[low, high)` of masters and shard to `values` (high - low,)."""
+        if self.home is not None:
+            self.home.store(self, low, high, values)
+            return
         if self.rest is not None:
             self.shard[low:high], self.rest[low:high] = split(values)
             return
@@ -182,7 +192,7 @@ class Flat:
 
     def in_model(self, values: Tensor) -> Tensor:
         """What the model has of exact values."""
-        return values if self.rest is None else split(values)[0]
+        return split(values)[0] if self.kept.update == "kahan" else values
 
     def keep_state(self, state: dict[str, Any], piece: Tensor) -> None:
         """Element-wise states of `piece` in the dtype in which they are kept."""
@@ -190,19 +200,25 @@ class Flat:
             if is_element_wise(value, piece):
                 state[key] = value.to(self.kept.state)
 
-    @property
-    def leaves_gradients(self) -> bool:
-        """Whether gradients may stay where autograd put them, on one rank."""
-        return self.kept.accum == self.kept.grad == self.plan.dtype
-
-    def round_gradient(self) -> None:
-        """After an addition of micro-steps, which torch does in their own dtype: its digits are left."""
-        if self.grad is not None and self.grad.dtype != self.kept.accum:
-            self.grad.copy_(self.grad.to(self.kept.accum))
-
     # -- whole and released -------------------------------------------------------------------------------------------
     def gather(self) -> None:
-        """Starts bringing the whole values in (stage 3); nothing to do where they are."""
+        """Starts bringing the whole values in (stage 3); nothing to do where they are.
+
+        Raises OSError, on all ranks where one cannot read its part.
+        """
+        self.read_ahead()
+        if self.state is ParamState.READING and self.told.size == 1:
+            return
+        if self.state is ParamState.READING:
+            try:
+                with agreed(self.told, f"reading {self.name}"):
+                    self._finish_reading()
+            except Exception:
+                self.drop_values()
+                raise
+            if self.group.size == 1:  # all of it is here
+                self.state = ParamState.GATHERING
+                return
         if self.state is not ParamState.RELEASED:
             return
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.itemsize)
@@ -211,11 +227,16 @@ class Flat:
 
     def wait(self) -> None:
         """Waits for a gather under way and makes the parameters readable."""
-        if self.state is not ParamState.GATHERING:
+        if self.state is ParamState.READING:
+            self._finish_reading()
+        elif self.state is ParamState.GATHERING:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            if self.home is not None and self.home.parameters_away:
+                self.shard = self.whole.new_empty(0)
+        else:
             return
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
         for param, (original, _) in zip(self.params, self._classes, strict=True):
             param.__class__ = original
         self.state = ParamState.WHOLE
@@ -224,10 +245,15 @@ class Flat:
         """Drops the whole values (stage 3). Views saved by autograd are valid again after the next gather."""
         if not self.releasable or self.state in (ParamState.RELEASED, ParamState.OFFLOADED) or self.borrowers:
             return
+        if self.state is ParamState.READING:  # read ahead in vain: the memory may go when nothing is on its way to it
+            with contextlib.suppress(OSError, TimeoutError):
+                self._finish_reading()
+            self.drop_values()
+            return
         self.wait()
         for param, (_, released) in zip(self.params, self._classes, strict=True):
             param.__class__ = released
-        self.whole.untyped_storage().resize_(0)
+        self.drop_values()
         self.state = ParamState.RELEASED
 
     def leave(self) -> None:
@@ -267,7 +293,7 @@ class Flat:
     # -- values from masters, masters from values ---------------------------------------------------------------------
     def write_back(self) -> None:
         """Masters to the model's dtype, after the optimizer changed them."""
-        if self.master is not None and self.master is not self.shard:
+        if self.home is None and self.master is not None and self.master is not self.shard:
             self.shard.copy_(self.master)
 
     def publish(self) -> Work | None:
@@ -278,7 +304,7 @@ class Flat:
 
     def lend(self) -> None:
         """The whole values are about to be given out for changing: `adopt_writes` will compare with those of now."""
-        if self.rest is not None and not self.releasable and self.lent is None:
+        if self.kept.update == "kahan" and not self.releasable and self.lent is None:
             self.lent = self.own_slice().clone()
 
     def reattach(self) -> None:
@@ -314,6 +340,9 @@ class Flat:
 
         An element that was not written keeps its (more precise) master, or what compensates it.
         """
+        if self.home is not None:
+            self.home.adopt(self, force=force)
+            return
         if self.rest is not None:
             self._forget_rest(self.rest)
         if self.releasable:
@@ -322,15 +351,16 @@ class Flat:
             return
         if not force and self.versions == [param._version for param in self.params]:
             return
-        changed = self.master.to(self.plan.dtype) != self.shard
-        self.master[changed] = self.shard[changed].float()
+        written = self.shard.to(self.master.device)
+        changed = self.master.to(self.plan.dtype) != written
+        self.master[changed] = written[changed].float()
         self.note_versions()
 
     def _forget_rest(self, rest: Tensor) -> None:
         """What the user wrote is exact: nothing is missing there."""
         before = self.shard if self.releasable else self.lent
         if before is not None:
-            rest.masked_fill_(before != self.own_slice(), 0)
+            rest.masked_fill_((before != self.own_slice()).to(rest.device), 0)
             self.lent = before if self.borrowers and not self.releasable else None
             self.note_versions()
             return

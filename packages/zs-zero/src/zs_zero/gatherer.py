@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from zs_comm import ZsError
 
 from .autograd import BackwardTasks, in_backward, outside_autograd
-from .flat import Flat, ParamState
+from .flat import Flat
+from .flat_reading import ParamState
 from .order import Order
 from .trees import tensors_in
 
@@ -63,7 +64,12 @@ class Unit:
 
     @property
     def state(self) -> ParamState:
-        return self.flats[0].state
+        """That of its flats; where some are always whole, that of the others."""
+        return next((flat.state for flat in self.flats if flat.state is not ParamState.WHOLE), ParamState.WHOLE)
+
+    def read_ahead(self) -> None:
+        for flat in self.flats:
+            flat.read_ahead()
 
     def gather(self) -> None:
         for flat in self.flats:
@@ -89,6 +95,7 @@ class Gatherer:
         prefetch: bool,
         reshard_after_forward: bool,
         span: Callable[[str, str], Any],
+        depth: int = 1,
     ) -> None:
         self.units = units
         self.order = Order()
@@ -96,6 +103,9 @@ class Gatherer:
         self._prefetch = prefetch
         self._reshard_after_forward = reshard_after_forward
         self._span = span
+        self._depth = (
+            depth  # units ahead of the one that runs: the next is gathered, those after it are read from files
+        )
         self._ahead: list[Unit] = []  # gathered before they were asked for, or kept because they come next
         self._graph_kept = False  # this backward builds a graph of its own
         self._leaf_hooks: list[Any] = []
@@ -221,11 +231,15 @@ class Gatherer:
     def need(self, unit: Unit, phase: str) -> None:
         """Makes `unit` whole now, and starts on the one that came after it last time."""
         self.order.observe((unit.index, phase))
+        coming = {index for index, _ in self.order.ahead(self._depth)} if self._depth > 1 else set()
+        kept = []
         for other in self._ahead:
-            if other is not unit and not other.depth and not other.pinned and not other.running:
+            if other.index in coming and other is not unit:
+                kept.append(other)
+            elif other is not unit and not other.depth and not other.pinned and not other.running:
                 with outside_autograd():
                     other.release()  # the order changed
-        self._ahead.clear()
+        self._ahead = kept
         with outside_autograd():
             if unit.state is not ParamState.WHOLE:
                 with self._span("zero.gather", unit.name):
@@ -234,15 +248,21 @@ class Gatherer:
             self._gather_ahead(phase)
 
     def _gather_ahead(self, phase: str) -> None:
-        coming = self.order.predict() if self._prefetch else None
-        if coming is None or (phase == "backward" and coming[1] == "forward"):
-            return  # between a backward and the next forward the values may change
-        unit = self.units[coming[0]]
-        if unit.state is not ParamState.RELEASED:
-            return
-        whole = sum(other.passing and other.state is not ParamState.RELEASED for other in self.units)
-        if whole < MAX_WHOLE_UNITS:
-            unit.gather()
+        for position, (index, event) in enumerate(self.order.ahead(self._depth) if self._prefetch else ()):
+            if phase == "backward" and event == "forward":
+                return  # between a backward and the next forward the values may change
+            unit = self.units[index]
+            if unit.state is ParamState.READING and position == 0:
+                unit.gather()
+            if unit.state is not ParamState.RELEASED:
+                continue
+            whole = sum(other.passing and other.state is not ParamState.RELEASED for other in self.units)
+            if whole >= MAX_WHOLE_UNITS - 1 + self._depth:
+                return
+            if position == 0:
+                unit.gather()
+            else:
+                unit.read_ahead()
             self._ahead.append(unit)
 
     def release_all(self) -> None:

@@ -35,6 +35,8 @@ class Gradients:
     def clip_(self, norm: Tensor, max_norm: float) -> None:
         """Multiplies them by `min(1, max_norm / (norm + 1e-6))`."""
         self._multiply(_clip_factor(norm, max_norm))
+        for flat in self._flats:
+            flat.settle_factors()
 
     def decide(self, max_norm: float | None, drop: Callable[[], None]) -> tuple[Tensor | None, bool]:
         """The norm, where something asks for it, and whether the step is taken. Collective.
@@ -74,12 +76,7 @@ class Gradients:
         if factor == 1.0:
             return
         for flat in self._flats:
-            if flat.grad is not None:
-                flat.grad.mul_(factor)
-            else:
-                for param in flat.params:
-                    if param.grad is not None:
-                        param.grad.mul_(factor)
+            flat.multiply_gradients(factor)
 
 
 def _clip_factor(norm: Tensor, max_norm: float) -> float:

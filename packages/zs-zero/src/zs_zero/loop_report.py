@@ -1,11 +1,12 @@
 """What a training loop says of itself: to whoever observes it, and in lines for people where the configuration asks.
 
     phase "forward" | phase "backward" | ... | phase "step" | updated()
-                                                              scalars to the observers, then at most three lines:
-                                                              steps_per_print, wall_clock_breakdown, memory_breakdown
+                                                              scalars to the observers, then at most four lines:
+                                                              steps_per_print, and what offload moved there;
+                                                              wall_clock_breakdown, memory_breakdown
 
 A monitor is an observer with `scalar(name, value, step)`. Names and x axis (samples so far) are DeepSpeed's:
-`Train/Samples/train_loss`, `lr`, `loss_scale`, `elapsed_time_ms_forward`, ...; `Train/Samples/grad_norm` is ours.
+`Train/Samples/train_loss`, `lr`, `loss_scale`, `elapsed_time_ms_forward`, ...; `grad_norm` and `offload_...` are ours.
 """
 
 from __future__ import annotations
@@ -95,11 +96,14 @@ class LoopReport:
         """After an update, or one that was skipped."""
         due = bool(self._every) and loop.global_steps % self._every == 0
         if due or self.observers.wants("scalar"):
-            told = self._scalars(loop)
+            told, moved = self._scalars(loop), _moved(loop)
+            told |= moved
             for name, value in told.items():
                 self.observers.scalar(f"Train/Samples/{name}", value, loop.global_samples)
             if due:
                 self._log.info("%s", self._line(loop, told))
+                if moved:
+                    self._log.info("%s", _offload_line(moved))
         if self._time is not None:
             self.times = self._time.milliseconds()
             self._log.info("%s", self._time.line())
@@ -126,6 +130,26 @@ class LoopReport:
         parts += [f"loss scale {told['loss_scale']:g}"] if told["loss_scale"] != 1.0 else []
         parts += [f"skipped {loop.skipped_steps}", f"{rate:.1f} samples/s"]
         return f"step {loop.global_steps}: {', '.join(parts)}"
+
+
+def _moved(loop: Any) -> dict[str, float]:
+    """What the last update's offload read, wrote and waited for; empty where nothing is offloaded."""
+    optimizer = getattr(loop, "optimizer", None)
+    if not getattr(optimizer, "offloads", False):
+        return {}
+    made: Any = optimizer.offload_report()  # type: ignore[union-attr]
+    return {
+        "offload_read_nbytes": sum(made.read.values()),
+        "offload_written_nbytes": sum(made.written.values()),
+        "offload_stall_ms": 1e3 * made.stall_s,
+        "offload_overlap": made.overlap,
+    }
+
+
+def _offload_line(moved: dict[str, float]) -> str:
+    read, written = (moved[f"offload_{way}_nbytes"] / 2**20 for way in ("read", "written"))
+    stall, overlap = moved["offload_stall_ms"], moved["offload_overlap"]
+    return f"offload: read {read:,.1f} MiB, written {written:,.1f} MiB, stalled {stall:.1f} ms, overlap {overlap:.2f}"
 
 
 def state_text(engine: Any) -> str:

@@ -4,13 +4,20 @@ Each slice's sum runs over its pieces in plan order (fp32 norms, squared and add
 in slice order. A rank that holds all slices computes them all; one that holds one exchanges sums of eight bytes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from zs_comm import Group, all_gather
 
-from .flat import Flat
+if TYPE_CHECKING:
+    from .flat import Flat
+
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Tensor:
@@ -19,15 +26,15 @@ def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Te
     for flat in flats:
         by_slice = by_slice or [[] for _ in flat.held]
         used, shard_numel = flat.used, flat.plan.shard_numel
-        for held in flat.held_pieces():
+        for position, held in enumerate(flat.held_pieces()):
             if held.piece.index in used:
-                by_slice[held.low // shard_numel].append(flat.gradient(held))
+                known = flat.norms.get(position) if not flat.factors else None  # as it arrived
+                by_slice[held.low // shard_numel].append(flat.gradient(held) if known is None else known)
     sums = torch.zeros(slices, dtype=torch.float64)
     first = shard_group.rank if shard_group.size > 1 else 0
     for position, pieces in enumerate(by_slice):
         if pieces:
-            dtype = torch.float32 if pieces[0].dtype in (torch.bfloat16, torch.float16) else None
-            norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=dtype)).double()
+            norms = torch.stack([piece if not piece.dim() else norm_of(piece) for piece in pieces]).double()
             sums[first + position] = norms.square().sum().cpu()
     if shard_group.size > 1:
         all_gather(sums, shard_group, label="gradient norm")
@@ -35,3 +42,8 @@ def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Te
     for value in sums.tolist():
         total += value
     return torch.tensor(total, dtype=torch.float64).sqrt().float()
+
+
+def norm_of(grad: Tensor) -> Tensor:
+    """The 2-norm of a piece's gradient (n,), in fp32 for one of 16 bits; 0-dim."""
+    return torch._foreach_norm([grad], 2, dtype=torch.float32 if grad.dtype in SIXTEEN_BIT else None)[0]

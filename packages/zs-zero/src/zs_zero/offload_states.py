@@ -174,6 +174,8 @@ class StatesOffload(abc.ABC):
         self._check_torn()
         self._runtime.check_no_backward("offload_states()")
         self._runtime.check_not_borrowed("offload_states()")
+        if self._runtime.tiers is not None:
+            self._runtime.tiers.settle()
         if target == "cpu":
             self._runtime.offloaded.offload(self.inner, include, pin_memory=pin_memory, non_blocking=non_blocking)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zs_comm import broadcast
 
 from .checkpoint import model_state
-from .flat import ParamState
+from .flat_reading import ParamState
 from .parts import TensorSpec
 from .sharding import runtime_of
 

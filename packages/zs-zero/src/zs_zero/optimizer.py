@@ -6,6 +6,7 @@ Order of a step, the same for every stage and precision:
         -> write back -> gather (stages 1, 2) or release (3) -> update the loss scale
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,20 +16,23 @@ from torch import Tensor, nn
 from zs_comm import ConfigError, ZsError, agree
 
 from .access import ParameterAccess
-from .flat import Flat, HeldPiece
+from .flat import Flat
+from .flat_pieces import HeldPiece
 from .offload_states import StatesOffload
 from .optimizer_state import OptimizerState, whole_states
 from .placement import PieceSums
 from .plan import Plan
+from .scaled_loss import ScaledLoss
 from .settings import Settings
 from .sharded import ShardedOptimizer, TornError
+from .tiered import TieredStep
 from .wide import WideStep
 
 if TYPE_CHECKING:
     from .runtime import Runtime
 
 
-class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
+class ZeroOptimizer(ScaledLoss, TieredStep, ParameterAccess, StatesOffload, ShardedOptimizer):
     """The client's optimizer over sharded state. `step()` ends an accumulation window.
 
     `param_groups` are the client's own dictionaries, so learning rates set on either object count for both, and a
@@ -50,6 +54,7 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         self.overflow = False
         self.norm: Tensor | None = None
         self._stepping = self._coalescing = False
+        self._tiers = runtime.tiers
         groups = client.param_groups if client is not None else [{"params": list(runtime.model.parameters())}]
         super().__init__(groups, dict(client.defaults) if client is not None else {})
         if client is None:
@@ -65,6 +70,10 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         self.wide = WideStep(client, self._owned, runtime.options.precision.seed)
         if hasattr(client, "sum_pieces") and not runtime.whole_state:
             client.sum_pieces = PieceSums(self._owned, runtime.trainable, runtime.groups.shard)
+        if self._tiers is not None and runtime.options.by_blocks:
+            pairs = [(group, [*pieces]) for group, pieces in zip(client.param_groups, self._pieces, strict=True)]
+            runtime.reducer.on_arrival = self._arrived if self._tiers.early else None
+            self._tiers.own(client, self._owned, pairs, seed=runtime.options.precision.seed)
         self._guard = client.register_step_pre_hook(self._only_from_here)
 
     # -- the user's loop ----------------------------------------------------------------------------------------------
@@ -87,7 +96,7 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         """
         self.check_usable()
         self._runtime.check_not_borrowed("step()")
-        client = self._client("step")
+        client, began = self._client("step"), time.perf_counter()
         loss = None
         if closure is not None:
             if not self._runtime.whole_state or self.wide:
@@ -111,6 +120,8 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
                 self._runtime.scaling.update(overflow=True)
                 return None
             self._runtime.take_writes(self._runtime.flats)
+            if self._tiers is not None and self._tiers.block_step is not None:
+                return self._step_in_tiers(self._tiers)
             self._set_gradients()
         self._stepping = self.torn = True
         error: Exception | None = None
@@ -130,25 +141,9 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
         self._runtime.after_update()
         self.torn = False
         self._runtime.scaling.update(overflow=False)
+        if self._tiers is not None:
+            self._tiers.stepped(time.perf_counter() - began)
         return loss
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, to call `backward()` on; gradients have the scale of the time of that.
-
-        All of it: a term that is added to a scaled loss is not scaled, which no gradient shows (its share of the update
-        is too small by that factor). Raises ConfigError for what is no tensor, or was made of a scaled loss.
-        """
-        return self._runtime.scaling.scale(loss)
-
-    @property
-    def loss_scale(self) -> float:
-        """The present loss scale; 1 where nothing is scaled."""
-        return self._runtime.scaling.value
-
-    @property
-    def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale changes."""
-        return self._runtime.scaling.dynamic
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients of the window, reduced ones too."""
@@ -253,14 +248,28 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, as the client's optimizer gives it (pieces for parameters); and `loss_scale`, if any."""
         self._check_torn()
+        self._settle()
         with self._swapped():
             state = self._client("state_dict").state_dict()
+        if self._tiers is not None:
+            state["state"] = self._with_files(state["state"])
         scale = self._runtime.scaling.state_dict()
         return state | ({"loss_scale": scale} if scale else {}) | ({"updates": self.wide.updates} if self.wide else {})
+
+    def _with_files(self, states: dict[int, Any]) -> dict[int, Any]:
+        """States as the client's `state_dict` gives them, with copies of what is in files."""
+        pieces = [piece for pieces in self._pieces for piece in pieces]
+        owned = {id(one[0]): one for one in self._owned}
+        found = {}
+        for number, state in states.items():
+            one = owned.get(id(pieces[number]))
+            found[number] = state if one is None else {key: self._state_of(one, key) for key in state}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave on the same rank of the same layout. Ends a torn state."""
         client = self._client("load_state_dict")
+        self._settle()
         own = {key: value for key, value in state_dict.items() if key not in ("loss_scale", "updates")}
         with self._swapped(), self.wide.as_states():
             client.load_state_dict(own)
@@ -268,6 +277,8 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
                 group.update(loaded)  # schedulers and users keep the dictionaries they have
             client.param_groups = self.param_groups
         self.state = client.state
+        if self._tiers is not None:
+            self._tiers.take_states(client, self._owned)
         self._runtime.scaling.load_state_dict(state_dict.get("loss_scale", {}))
         self.wide.updates = state_dict.get("updates", 0)
         self.torn = False
@@ -286,13 +297,10 @@ class ZeroOptimizer(ParameterAccess, StatesOffload, ShardedOptimizer):
     # -- inside -------------------------------------------------------------------------------------------------------
     def _make_pieces(self, client: torch.optim.Optimizer) -> list[list[Tensor]]:
         for flat in self._runtime.trainable:
-            master = flat.master
-            if master is None:
-                raise RuntimeError(f"{flat.name}: a trainable flat buffer without a master")
             for held in flat.owned():
                 if self._placement.owner(held.param) is not None:
                     continue
-                part = master[held.low : held.high]
+                part = flat.master_of(held)
                 if part.numel() == held.param.numel():
                     part = part.view(held.param.shape)  # a client's optimizer may have made state of this shape already
                 owned = (part, flat, held)

@@ -7,7 +7,7 @@ parameter's pieces; it is given by the rank with the first. States of other shap
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from zs_comm import ConfigError, exchange
 
 from .checkpoint import misfit, place_own, replica_of
-from .flat import Flat, HeldPiece, is_element_wise
-from .parts import PROTOCOL, Piece, TensorSpec, parts_of, whole_part
+from .flat import Flat
+from .flat_pieces import HeldPiece, is_element_wise
+from .parts import PROTOCOL, LazyPiece, Piece, TensorSpec, lazy_parts_of, parts_of, whole_part
 from .runtime import Runtime
+from .tiers.update import hollow
 from .window import LOCAL, REDUCED, Window
 
 if TYPE_CHECKING:
@@ -43,15 +45,24 @@ class OptimizerState:
 
     # -- save ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece | LazyPiece]:
         self._optimizer.check_usable()
         if self._client is None:
             return
+        if self._runtime.tiers is not None:
+            self._runtime.tiers.settle()
         replica, replicas = replica_of(self._runtime)
         for piece, flat, held in self._owned:
             spec = flat.plan.entries[held.piece.index].spec
             for key, value in self._states(piece) if spec.numel else ():  # that of no element exists on some ranks only
                 full = f"{key}/{spec.name}"
+                if self._in_files(flat, held) and is_element_wise(value, piece):
+                    whole = TensorSpec(full, spec.shape, value.dtype)
+                    source = _State(self._runtime, flat, held, piece, key)
+                    yield from lazy_parts_of(
+                        whole, held.piece.start, held.piece.stop, source, replica=replica, replicas=replicas
+                    )
+                    continue
                 if value.shape == piece.shape or (value.dim() and value.numel() == piece.numel()):
                     part = value.detach().contiguous().view(-1)
                     whole = TensorSpec(full, spec.shape, value.dtype)
@@ -117,11 +128,13 @@ class OptimizerState:
 
     # -- load ---------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece]:
+    def places(self, saved: Mapping[str, TensorSpec], objects: Mapping[str, Any]) -> Iterator[Piece | LazyPiece]:
         if self._client is None:
             return
         self._runtime.offloaded.check()
         self._match(saved, objects)
+        if self._runtime.tiers is not None:
+            self._runtime.tiers.settle()
         self._loaded, self._window = [], Window(self._runtime)
         by_name: dict[str, list[str]] = {}
         for full in saved:
@@ -133,7 +146,13 @@ class OptimizerState:
             spec, group = flat.plan.entries[held.piece.index].spec, groups[id(held.param)]
             for key in by_name.get(spec.name, []):
                 whole = saved[f"{key}/{spec.name}"]
-                if tuple(whole.shape) == spec.shape:
+                away = self._in_files(flat, held) and piece.dim() and key in self._owned_states(flat)
+                if tuple(whole.shape) == spec.shape and away:
+                    self._loaded.append((piece, key, hollow(piece.shape, flat.kept.state)))
+                    part = TensorSpec(whole.name, spec.shape, flat.kept.state)
+                    source = _State(self._runtime, flat, held, piece, key)
+                    yield from lazy_parts_of(part, held.piece.start, held.piece.stop, source)
+                elif tuple(whole.shape) == spec.shape:
                     value = self._place(piece, key, whole, piece.shape, group, flat.kept.state)
                     part = TensorSpec(whole.name, spec.shape, value.dtype)
                     yield from parts_of(part, held.piece.start, value.view(-1))
@@ -148,6 +167,12 @@ class OptimizerState:
                 value = self._place(param, key, whole, whole.shape, groups[id(param)], param.dtype)
                 yield place_own(value, saved, whole.name, own=same_world)
         yield from self._window.places(saved, int(objects.get("world", 1)))
+
+    def _owned_states(self, flat: Flat) -> Collection[str]:
+        return () if flat.home is None else flat.home.blocks.owned
+
+    def _in_files(self, flat: Flat, held: HeldPiece) -> bool:
+        return self._runtime.tiers is not None and self._runtime.tiers.in_files(flat, held)
 
     def _place(
         self, key: Tensor, name: str, saved: TensorSpec, shape: Sequence[int], group: Mapping[str, Any],
@@ -220,6 +245,24 @@ class OptimizerState:
         self._window.take(int(objects.get("world", 1)), scaling.value / scaled.get("value", 1.0))
         self._loaded = []
         self._optimizer.torn = False
+
+
+class _State:
+    """An element-wise state of a piece that is in files, as a checkpoint loads and stores it."""
+
+    def __init__(self, runtime: Runtime, flat: Flat, held: HeldPiece, piece: Tensor, key: str) -> None:
+        self._runtime, self._flat, self._held, self._piece, self._key = runtime, flat, held, piece, key
+
+    def load(self, start: int, into: Tensor) -> None:
+        if self._runtime.tiers is not None:
+            values = self._runtime.tiers.read_state(self._flat, self._held, self._piece, self._key).view(-1)
+            first = start - self._held.piece.start
+            into.copy_(values[first : first + into.numel()])
+
+    def store(self, start: int, values: Tensor) -> None:
+        if self._runtime.tiers is not None:
+            first = start - self._held.piece.start
+            self._runtime.tiers.write_state(self._flat, self._held, self._key, values, start=first)
 
 
 def whole_states(

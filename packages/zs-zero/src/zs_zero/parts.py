@@ -1,11 +1,13 @@
-"""Parts of tensors as a checkpoint sees them: the fields of zs-ckpt's `TensorSpec` and `Piece`, met without an import.
+"""Parts of tensors as a checkpoint sees them: zs-ckpt's `TensorSpec`, `Piece` and `LazyPiece`, met without an import.
 
-A flat buffer is cut anywhere, a checkpoint knows boxes: `parts_of` turns one into the other.
+A flat buffer is cut anywhere, a checkpoint knows boxes: `parts_of` turns one into the other. Values that are not in
+memory are moved by a `Source`, a range at a time: `lazy_parts_of`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,46 @@ class Piece:
     replica: int = 0
     replicas: int = 1
     scope: str = ""
+
+
+class Source(Protocol):
+    """Values of a tensor that are not in memory, by their places in the flattened tensor.
+
+    A save loads, a load stores, in the thread that called it: in ascending ranges that leave nothing out, from one end
+    of a piece to the other. What comes next is most often next to what came last.
+    """
+
+    def load(self, start: int, into: Tensor) -> None:
+        """Fill `into`, (n,), in host memory and of the spec's dtype, with the elements from `start` on."""
+
+    def store(self, start: int, values: Tensor) -> None:
+        """Take `values`, (n,), in host memory and of the spec's dtype, as the elements from `start` on."""
+
+
+@dataclass(frozen=True)
+class LazyPiece:
+    """The elements `box` of a tensor, which `source` moves: it counts those of the box, in row-major order."""
+
+    spec: TensorSpec
+    box: Box
+    source: Source
+    replica: int = 0
+    replicas: int = 1
+    scope: str = ""
+
+
+@dataclass(frozen=True)
+class _From:
+    """`source`, counted from its element `first` on."""
+
+    source: Source
+    first: int
+
+    def load(self, start: int, into: Tensor) -> None:
+        self.source.load(self.first + start, into)
+
+    def store(self, start: int, values: Tensor) -> None:
+        self.source.store(self.first + start, values)
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -64,6 +106,15 @@ def parts_of(spec: TensorSpec, start: int, values: Tensor, *, replica: int = 0, 
         high = low + prod(b - a for a, b in box)
         yield Piece(spec, box, values[low:high], replica, replicas)
         low = high
+
+
+def lazy_parts_of(
+    spec: TensorSpec, start: int, stop: int, source: Source, *, replica: int = 0, replicas: int = 1
+) -> Iterator[LazyPiece]:
+    """Pieces for the elements `[start, stop)` of the tensor `spec`; `source` counts the elements of all of it."""
+    for box in boxes_of_range(spec.shape, start, stop):
+        yield LazyPiece(spec, box, _From(source, start), replica, replicas)
+        start += prod(b - a for a, b in box)
 
 
 def whole_part(spec: TensorSpec, data: Tensor, *, replica: int = 0, replicas: int = 1, scope: str = "") -> Piece:

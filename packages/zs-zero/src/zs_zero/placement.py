@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from zs_comm import Group, all_gather, all_to_all, broadcast, exchange
 
-from .flat import Flat, HeldPiece
+from .flat import Flat
+from .flat_pieces import HeldPiece
 from .plan import Move, Piece, Plan, moves_of
 from .precision import Kept
 

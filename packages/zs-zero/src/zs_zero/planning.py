@@ -10,6 +10,7 @@ from .initialize import slice_of
 from .loss_scale import LossScale
 from .plan import ParamSpec, Plan, make_plan
 from .precision import Precision
+from .tiers.policy import Offload
 from .units import UnitChoice, UnitSpec
 
 
@@ -35,6 +36,9 @@ class Options:
     autocast: torch.dtype | None = None
     precision: Precision = field(default_factory=Precision)
     buffer_dtype: torch.dtype | None = None
+    offload: Offload = field(default_factory=Offload)
+    states: tuple[str, ...] = ()  # element-wise ones of the optimizer, where it is offloaded
+    by_blocks: bool = True  # an offloaded optimizer may be stepped a part at a time
 
 
 def plan_of(model: nn.Module, specs: Sequence[UnitSpec], options: Options, *, slices: int) -> Plan:
@@ -72,7 +76,12 @@ def description(model: nn.Module, plan: Plan, options: Options) -> str:
     lines = [f"stage {options.stage}", f"dtype {options.dtype}", f"slices {plan.slices}"]
     # what is not asked for is not said: a message about two models shows the first few hundred characters of each
     lines += [f"{options.precision}"] if options.precision != Precision() else []
-    more = {"buffers in": options.buffer_dtype, "loss scale": options.loss_scale, "autocast": options.autocast}
+    more: dict[str, object] = {
+        "buffers in": options.buffer_dtype,
+        "loss scale": options.loss_scale,
+        "autocast": options.autocast,
+    }
+    more["offload"] = options.offload.described() if options.offload else None
     lines += [f"{what} {value}" for what, value in more.items() if value is not None]
     for unit in plan.units:
         for flat in unit.flats:

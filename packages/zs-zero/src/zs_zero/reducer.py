@@ -12,12 +12,12 @@ ranks told each other. So a parameter used on one rank only is an ordinary case,
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from zs_comm import Group, Work, all_reduce, reduce_scatter, same_everywhere
+from zs_comm import Group, Work, agree, all_reduce, reduce_scatter, same_everywhere
 
 from .flat import Flat
 from .standing import Standing
@@ -63,14 +63,9 @@ class Reducer:
     """Reduces the trainable flats' gradients; used from hooks during a backward (stages 2, 3) or at the step (0, 1)."""
 
     def __init__(
-        self,
-        flats: Iterable[Flat],
-        groups: Groups,
-        *,
-        reduce_dtype: torch.dtype | None,
-        pre_factor: float | None,
+        self, flats: Iterable[Flat], groups: Groups, *, reduce_dtype: torch.dtype | None, pre_factor: float | None,
         post_factor: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.groups = groups
         self.buckets = [Bucket(flat, Standing(flat), set(range(len(flat.params)))) for flat in flats]
         self._order = list(reversed(self.buckets))
@@ -84,6 +79,8 @@ class Reducer:
         self._in_flight: deque[tuple[Flat, Tensor, Work]] = deque()
         self._spare: list[Tensor] = []
         self._ahead = 1  # reductions under way while the next buffer is being filled
+        # told of reduced gradients as they come, and of which parameters they are as far as is known by then
+        self.on_arrival: Callable[[Flat, set[int]], None] | None = None
 
     # -- during a backward --------------------------------------------------------------------------------------------
     def add(self, flat: Flat, index: int, grad: Tensor) -> None:
@@ -150,12 +147,21 @@ class Reducer:
     def flush(self, settings: str = "") -> None:
         """Reduces every gradient that still stands here (`standing`), then waits for all reductions.
 
-        Raises RankDisagreement, with nothing changed, unless the ranks come with the same `settings`.
+        Raises RankDisagreement, with nothing changed, unless the ranks come with the same `settings`; and, on all
+        ranks, what went wrong on one with gradients that are in files.
         """
+        self._flush(settings)
+        homes = [bucket.flat.home for bucket in self.buckets]
+        if any(home is not None and home.gradients_away for home in homes):
+            failures = (bucket.flat.gradient_failure for bucket in self.buckets)
+            agree(self.groups.dp, next(filter(None, failures), None), what="moving reduced gradients")
+
+    def _flush(self, settings: str) -> None:
         standing = [bucket.standing.indices() for bucket in self.buckets]
         if self.groups.dp.size == 1:
             for bucket, indices in zip(self.buckets, standing, strict=True):
                 self._keep_local(bucket, indices)
+            self._spare.clear()
             return
         used, _ = self._agree_on_use(standing, settings)
         room = 0  # bytes of gradients that are gone, less those of the shards that came for them
@@ -209,16 +215,19 @@ class Reducer:
                 flat.params[index].grad = grad.to_dense()
         if flat.leaves_gradients or not indices:
             return
-        if flat.grad is None:
-            flat.grad = torch.zeros(flat.held_numel, dtype=flat.grad_dtype, device=flat.whole.device)
+        total = flat.reduced()
+        if total is None:
+            total = flat.beside(flat.held_numel, flat.grad_dtype)
         for index in indices:
             grad, entry = bucket.standing.get(index), flat.plan.entries[index]
             if grad is not None:
-                view = flat.grad[entry.offset : entry.stop]
-                view.add_(grad.detach().reshape(-1))
+                view = total[entry.offset : entry.stop]
+                view.add_(grad.detach().reshape(-1).to(view.device))
                 if index in before:
                     view.copy_(view.to(flat.kept.accum))
                 flat.params[index].grad = None
+        flat.factors = []
+        flat.set_reduced(total)
         bucket.standing.clear()
 
     def drop(self, *, wait: bool = True) -> None:
@@ -234,16 +243,15 @@ class Reducer:
             bucket.filled.clear()
             bucket.standing.clear()
             bucket.fired.clear()
-            bucket.flat.grad = None
-            bucket.flat.used = set()
-            for param in bucket.flat.params:
-                param.grad = None
+            bucket.flat.drop_gradients()
 
     # -- buffers ------------------------------------------------------------------------------------------------------
     def _fill(self, bucket: Bucket, index: int, grad: Tensor) -> None:
         grad = grad.detach()
         if grad.layout != torch.strided:
             grad = grad.to_dense()
+        if index in bucket.filled and self.groups.dp.size == 1:
+            self._issue(bucket)  # one rank adds up as autograd does: one by one
         if bucket.buffer is None:
             if grad.numel() == bucket.flat.plan.padded_numel and self._travels_as_is(bucket.flat, grad):
                 bucket.buffer = grad.view(-1)  # it is the whole flat: no copy
@@ -286,8 +294,14 @@ class Reducer:
         for index, entry in enumerate(flat.plan.entries):
             if index not in bucket.filled:  # what an earlier use of the buffer left there must not be added
                 buffer[entry.offset : entry.stop].zero_()
+        filled = set(bucket.filled)
         bucket.buffer, bucket.issued = None, True
         bucket.filled.clear()
+        if self.groups.dp.size == 1:
+            self._arrived(flat, buffer, only=filled)
+            if flat.grad is not buffer:
+                self._spare = [buffer]
+            return
         if flat.plan.rows:
             self._arrived(flat, self._sum_rows(flat, buffer))
             return
@@ -311,16 +325,15 @@ class Reducer:
             factor = self._post_factors(result.dtype)[1]
             all_reduce(result, self.groups.replicate, op="sum", post_factor=factor, label=flat.name)
         if self._ahead and result is not buffer:
-            self._spare.append(buffer)
+            self._spare = [*self._spare[-1:], buffer]  # gradients that were buffers themselves come here too
         del work, buffer, reduced
         self._arrived(flat, result)
 
-    def _arrived(self, flat: Flat, result: Tensor) -> None:
-        if flat.grad is None:
-            flat.grad = result.to(flat.grad_dtype)
-        else:
-            flat.grad.add_(result)
-            flat.round_gradient()
+    def _arrived(self, flat: Flat, result: Tensor, *, only: set[int] | None = None) -> None:
+        flat.take_reduced(result, only=only)
+        if self.on_arrival is not None:
+            bucket = self._bucket_of[id(flat)]
+            self.on_arrival(flat, bucket.expected | bucket.fired | flat.used)
 
     def _sum_rows(self, flat: Flat, buffer: Tensor) -> Tensor:
         """This rank's part of the sum, of which only the rows travel that any rank touched: elsewhere it is 0.

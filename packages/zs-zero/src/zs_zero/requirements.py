@@ -17,6 +17,7 @@ import torch
 from zs_comm import ConfigError
 
 WORDS = ("elements", "norms", "whole")
+_MORE = {"norms": "norms of whole parameters", "whole": "whole parameters"}
 _OF_TORCH = {
     getattr(torch.optim, name): word
     for word, names in {
@@ -48,11 +49,14 @@ def requirement(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> s
     return str(word)
 
 
-def requirements(optimizer: torch.optim.Optimizer, *, stage: int, allow_untested: bool) -> dict[int, str]:
-    """{id of each parameter: what `optimizer` needs of it}.
+def requirements(
+    optimizer: torch.optim.Optimizer, *, stage: int, allow_untested: bool, files: bool = False
+) -> dict[int, str]:
+    """{id of each parameter: what `optimizer` needs of it}. files: whether masters and states live in files.
 
     Raises:
-        ConfigError: at stages 1-3 for an optimizer of which that is not known, unless `allow_untested`.
+        ConfigError: at stages 1-3 for an optimizer of which that is not known, unless `allow_untested`; for one that
+            looks at more than elements where they come from files, block by block.
     """
     kind = type(optimizer)
     found: dict[int, str] = {}
@@ -62,6 +66,11 @@ def requirements(optimizer: torch.optim.Optimizer, *, stage: int, allow_untested
             raise _unknown(kind, stage)
         if word == "norms" and not hasattr(optimizer, "sum_pieces"):
             raise ConfigError(f"{kind.__qualname__} needs norms, and has no attribute sum_pieces to take them from")
+        if files and word in _MORE:
+            raise ConfigError(
+                f"{kind.__qualname__} needs {_MORE[word]}, and offload_optimizer.device 'nvme' updates blocks of "
+                "elements: use an element-wise optimizer, or device 'cpu' or 'none'"
+            )
         found |= {id(param): word or "elements" for param in group["params"]}
     return found
 

@@ -1,4 +1,4 @@
-"""Rules between the sections of a DeepSpeed configuration that concern precision and stage."""
+"""Rules between the sections of a DeepSpeed configuration that concern precision, stage and offload."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from zs_comm.jsonfile import KeyPath
 
+from .offload_rules import aio_rules, limit_rules, offload_rules
 from .types_config import canonical
 
 
@@ -51,6 +52,11 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if wanted in ("fp32", "bf16", "fp16") and wanted != chosen:
         text = f"data_types.param_dtype is {wanted!r}, and fp16.enabled and {bf16}.enabled make it {chosen!r}"
         yield ("data_types", "param_dtype"), text
+    zero = data.get("zero_optimization")
+    if isinstance(zero, Mapping):
+        yield from offload_rules(zero, ("zero_optimization",))
+    yield from limit_rules(data, "zs_")
+    yield from aio_rules(data.get("aio"), ("aio",))
 
 
 def _dynamic_scale(fp16: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:

@@ -12,22 +12,25 @@ Among one rank every stage is stage 0: there is nobody to share with.
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from zs_comm import ConfigError, Group, ZsError, all_gather, all_reduce, broadcast
+from zs_comm import CommError, ConfigError, Group, ZsError, agreed, broadcast
 
 from . import casting
 from .access import ParameterAccess
 from .autograd import BackwardTasks, in_backward
-from .flat import Flat, ParamState
+from .flat import Flat
+from .flat_reading import ParamState
 from .gatherer import Gatherer, Unit
 from .gradients import Gradients
 from .initialize import materialize, slice_of
 from .offload_states import OffloadedStates
 from .placement import Placement
+from .plan import FlatPlan
 from .planning import Options, description, plan_of
 from .precision import Precision
 from .reducer import Groups, Reducer
@@ -35,12 +38,16 @@ from .released import ReleasedParameterError
 from .scaling import Scaling
 from .sync import check_same_model, report_differing, send_from_first
 from .units import UnitSpec, choose_units
+from .values_by_parameter import ValuesByParameter
+
+if TYPE_CHECKING:
+    from .tiers.tiers import Tiers
 
 log = logging.getLogger("zs_zero")
 CHECKED_STEPS = 3  # so many steps in an unchanged order until calls are no longer compared between ranks
 
 
-class Runtime:
+class Runtime(ValuesByParameter):
     """A sharded model: its plan, its units and what happens to them."""
 
     def __init__(
@@ -67,8 +74,7 @@ class Runtime:
         self._steady_steps = self._order_changes = 0
         sharded = groups.shard.size > 1
         self.whole_state = options.stage == 0 or not sharded  # every rank owns all of it
-        self._reduces_in_backward = sharded and options.stage >= 2
-        self._releases = sharded and options.stage == 3
+        self._sharded = sharded
         specs = choose_units(model, options.units, ignored=frozenset(self._ignored))
         if not specs:
             raise ConfigError(f"{type(model).__name__} has no parameters to shard")
@@ -77,21 +83,41 @@ class Runtime:
         self.plan = plan_of(model, specs, options, slices=slices)
         options.precision.check(flat.dtype for flat in self.plan.flats() if flat.trainable)
         check_same_model(description(model, self.plan, options), groups.dp)
+        self.tiers: Tiers | None = None
+        if options.offload:
+            from .tiers.making import make_tiers, state_device  # only where something is offloaded
+
+            meta = [name for spec in specs for name, param in spec.params.items() if param.is_meta]
+            self.tiers = make_tiers(
+                self.plan, options, groups, slices=self.plan.slices if self.whole_state else 1, meta=meta
+            )
+            leave = self.tiers.reduces_in_backward or state_device(options, self.device) is not None
+        away = self.tiers is not None and any(self.tiers.plan.parameters_away)
+        alone = self.tiers is not None and leave and groups.dp.size == 1
+        self._reduces_in_backward = (sharded and options.stage >= 2) or alone
+        self._releases = (sharded or away) and options.stage == 3
         differing: list[str] = []
-        self.units = [self._make_unit(index, spec, differing) for index, spec in enumerate(specs)]
+        made: list[Flat] = []
+        try:
+            self.units = [self._make_unit(index, spec, differing, made) for index, spec in enumerate(specs)]
+        except Exception as error:
+            self._take_apart(made, values=not isinstance(error, CommError))
+            raise
         self.flats = [flat for unit in self.units for flat in unit.flats]
         self.trainable = [flat for flat in self.flats if flat.plan.trainable]
         self.placement = Placement(self.plan, self.flats, groups.shard)
         self._where = {id(p): (flat, i) for flat in self.flats for i, p in enumerate(flat.params)}
         report_differing(differing + self._send_buffers(), groups.dp)
         world = groups.dp.size
+        if self.tiers is not None:
+            self.tiers.attach(self.flats)
         pre = 1.0 / world if options.prescale else 1.0 / options.predivide_factor
         self.reducer = Reducer(
             self.trainable,
             groups,
             reduce_dtype=options.reduce_dtype,
-            pre_factor=None if pre == 1.0 else pre,
-            post_factor=1.0 if options.prescale else options.predivide_factor / world,
+            pre_factor=None if pre == 1.0 or world == 1 else pre,
+            post_factor=1.0 if options.prescale or world == 1 else options.predivide_factor / world,
         )
         own = [groups.dp] if any(param.requires_grad for param in ignored) else []
         self.gradients = Gradients(
@@ -109,13 +135,14 @@ class Runtime:
             prefetch=options.prefetch,
             reshard_after_forward=options.reshard_after_forward,
             span=groups.dp.observers.span,
+            depth=options.offload.parameters.buffer_count if away else 1,
         )
         self._mark_enclosing(specs)
         self._hook(specs)
         groups.set_checked(True)
 
     # -- building -----------------------------------------------------------------------------------------------------
-    def _make_unit(self, index: int, spec: UnitSpec, differing: list[str]) -> Unit:
+    def _make_unit(self, index: int, spec: UnitSpec, differing: list[str], made: list[Flat]) -> Unit:
         materialize(self.model, spec, self.device)
         here = {name: param.data for name, param in spec.params.items() if slice_of(param) is None}
         differing += send_from_first(here, self.groups.dp)
@@ -125,19 +152,45 @@ class Runtime:
             range(self.plan.slices) if self.whole_state else range(self.groups.shard.rank, self.groups.shard.rank + 1)
         )
         flats = []
-        for flat_plan in planned.flats:
+        first = sum(len(unit.flats) for unit in self.plan.units[:index])
+        for number, flat_plan in enumerate(planned.flats, first):
+            kept = (self.options.precision if flat_plan.trainable else Precision()).of(flat_plan.dtype)
+            home = None if self.tiers is None else self.tiers.homes[number]
+            away = home is not None and home.parameters_away
             params = [spec.params[entry.spec.name] for entry in flat_plan.entries]
             flat = Flat(
-                flat_plan, params, self.groups.gather, held=held, releasable=self._releases, name=spec.name or "(root)",
-                kept=(self.options.precision if flat_plan.trainable else Precision()).of(flat_plan.dtype),
+                flat_plan, params, self.groups.gather, held=held, name=spec.name or "(root)", kept=kept, home=home,
+                releasable=self._releases and (self._sharded or away),
+                told=None if self.tiers is None else self.tiers.told, **self._placed(flat_plan),
             )  # fmt: skip
-            flat.adopt(self.device, want_master=self.options.has_optimizer)
+            # what one rank cannot write is an error on all
+            with nullcontext() if home is None else agreed(self.groups.dp, f"moving {flat.name} to files"):
+                flat.adopt(self.device, want_master=self.options.has_optimizer)
             for param in params:
                 param.__dict__["_zs_flat"] = (self, flat)  # how gathered(params) finds its way
             flats.append(flat)
+            made.append(flat)
         unit = Unit(index, spec.name or "(root)", flats, passing="" not in spec.modules and "(shared)" not in spec.name)
         unit.release()
         return unit
+
+    def _placed(self, flat: FlatPlan) -> dict[str, Any]:
+        if self.tiers is None:
+            return {}
+        from .tiers.making import placed
+
+        return placed(flat, self.options, self.groups, self.device)
+
+    def _take_apart(self, made: Sequence[Flat], *, values: bool) -> None:
+        """After an error while units were made: parameters are ordinary again, with the values that can be had."""
+        for flat in made:
+            if values:
+                with suppress(Exception):  # the disk that failed may fail again; the first error is the one to tell
+                    flat.gather()
+                    flat.wait()
+            flat.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
     def _send_buffers(self) -> list[str]:
         buffers = {}
@@ -209,6 +262,10 @@ class Runtime:
                 self.gatherer.finish_backward()
             if self.sync:
                 self.reducer.finish_backward()
+                if self.tiers is not None:
+                    if self.tiers.early:
+                        self.reducer.finish_issued()
+                    self.tiers.end_backward(self.gatherer)
 
     def _broadcast_buffers(self, module: nn.Module, _: Any) -> None:
         if module.training and torch.is_grad_enabled() and not in_backward():
@@ -232,18 +289,23 @@ class Runtime:
     # -- the window ---------------------------------------------------------------------------------------------------
     def after_update(self) -> None:
         """The optimizer changed the masters: spread the new values and close the window."""
-        self.spread((flat, flat.used) for flat in self.trainable if flat.used)
+        # with tiers the values were written back block by block
+        self.spread(((flat, flat.used) for flat in self.trainable if flat.used), written=self.tiers is not None)
         self.reducer.drop()
         self.scaling.forget()
         self._count_step()
 
-    def spread(self, changed: Iterable[tuple[Flat, Iterable[int]]]) -> None:
-        """New masters, or shards, of these flats (and which of their parameters) to whoever keeps them. Collective."""
+    def spread(self, changed: Iterable[tuple[Flat, Iterable[int]]], *, written: bool = False) -> None:
+        """New masters, or shards, of these flats (and which of their parameters) to whoever keeps them. Collective.
+
+        `written`: the masters are in the shards already.
+        """
         if self._releases:
             self.gatherer.release_all()
         under_way = []
         for flat, indices in changed:
-            flat.write_back()
+            if not written:
+                flat.write_back()
             flat.bump_versions(indices)
             under_way.append(flat.publish())  # in place: any number of them needs no memory
         for work in under_way:
@@ -258,6 +320,8 @@ class Runtime:
         self.groups.set_checked(self._steady_steps < CHECKED_STEPS)
 
     def drop_gradients(self) -> None:
+        if self.tiers is not None:
+            self.tiers.dropped()
         self.reducer.drop()
         self.scaling.forget()
         for param in self._ignored.values():
@@ -296,54 +360,6 @@ class Runtime:
         except KeyError:
             raise ConfigError("this tensor is no parameter of the sharded model") from None
 
-    def whole_of(self, flat: Flat, param: nn.Parameter, held: Tensor) -> Tensor:
-        """One parameter's values, whole, from every rank's `held` (held_numel,) tensor. Collective."""
-        entry = flat.plan.entries[self._where[id(param)][1]]
-        whole = self.whole_flat(flat, held, label=entry.spec.name)
-        return whole[entry.offset : entry.stop].view(entry.spec.shape).clone()
-
-    def whole_flat(self, flat: Flat, held: Tensor, *, label: str = "") -> Tensor:
-        """(padded_numel,) from every rank's `held` (held_numel,) tensor; `held` itself where it is all. Collective."""
-        if self.whole_state:
-            return held
-        whole = torch.empty(flat.plan.padded_numel, dtype=held.dtype, device=held.device)
-        return all_gather(whole, self.groups.shard, shard=held, label=label or flat.name)
-
-    def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
-        """Sets one parameter from its whole value (numel,) in the masters' dtype, the same on every rank."""
-        self.take_writes([flat])
-        for held in flat.held_pieces():
-            if held.param is param:
-                flat.store(held.low, held.high, value[held.piece.start : held.piece.stop])
-        if flat.state is ParamState.WHOLE:
-            param.data.view(-1).copy_(flat.in_model(value))
-            flat.note_versions()
-
-    def take_writes(self, flats: Iterable[Flat]) -> None:
-        """Takes what the user wrote into whole parameters over into the masters."""
-        self.offloaded.check()
-        for flat in flats:
-            if not flat.releasable:
-                flat.reattach()
-                flat.adopt_writes()
-
-    def check_not_borrowed(self, call: str) -> None:
-        for flat in self.flats:
-            if flat.borrowers:
-                raise ConfigError(f"{call} inside `with zs_zero.gathered(...)`: its end would put the old values back")
-
-    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
-        """Which flags are set on any rank. Collective."""
-        message = torch.tensor([int(flag) for flag in flags], dtype=torch.uint8)
-        all_reduce(message, self.groups.dp, op="max", label="flags")
-        return [bool(flag) for flag in message.tolist()]
-
-    def scalar_anywhere(self, value: Any) -> Tensor:
-        """A 0-dim state that at least one rank knows (fp64 on the wire); equal where several do. Collective."""
-        known = torch.tensor([float(value) if value is not None else -torch.inf], dtype=torch.float64)
-        all_reduce(known, self.groups.dp, op="max", label="scalar state")
-        return known[0].float()
-
     def close(self, *, gather: bool = True) -> None:
         """Takes everything off the model; `gather`: after making its parameters whole. Collective then."""
         if self.closed:
@@ -368,6 +384,8 @@ class Runtime:
         self.placement.clear()
         for flat in self.flats:
             flat.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
 
 def _is_inside(inner: str, outer: str) -> bool:

@@ -14,8 +14,9 @@ from .optimizer import ZeroOptimizer
 from .planning import Options
 from .precision import Bf16Update, Precision
 from .reducer import Groups
-from .requirements import requirements
+from .requirements import requirement, requirements
 from .runtime import Runtime
+from .tiers.policy import Offload
 from .units import UnitChoice
 
 _SIXTEEN_BIT_OR_FULL = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,11 @@ def shard(
     bf16_update: Bf16Update = "plain",
     seed: int = 0,
     device: torch.device | str | None = None,
+    offload_optimizer: Any = None,
+    offload_param: Any = None,
+    aio: Any = None,
+    host_memory_limit: int | str | None = None,
+    activation_memory: int | str | None = None,
 ) -> ZeroOptimizer:
     """Shards `model` in place over data-parallel ranks and returns the optimizer to step. Collective.
 
@@ -95,6 +101,13 @@ def shard(
             `master_dtype=torch.bfloat16`.
         seed: of stochastic rounding, whose choices depend on it, the number of the step, and the element; not on ranks.
         device: where the sharded model lives; default: where its parameters are.
+        offload_optimizer: where masters, optimizer states and gradients live, as that section of a configuration says
+            it: `{"device": "cpu"}` or `{"device": "nvme", "nvme_path": folder}` and more (stages 1-3).
+        offload_param: the same for this rank's parameters, frozen ones too (stage 3).
+        aio: how files are moved, as the configuration's section says it.
+        host_memory_limit: bytes (or "4GiB") that this process may take above its size now: planned for, obeyed, and
+            held against what was measured in `offload_report()`.
+        activation_memory: the part of that limit that is left to activations; default: an eighth.
 
     Raises:
         ConfigError: for an impossible combination, a model without parameters, or an optimizer that does not fit.
@@ -121,10 +134,26 @@ def shard(
     groups = _groups(mesh, stage)
     ignored = _ignored(model, ignore)
     _check_not_shared(model, ignored)
+    offload = Offload()
+    if any(v is not None for v in (offload_optimizer, offload_param, aio, host_memory_limit, activation_memory)):
+        from .offload_config import offload_of  # pydantic costs 0.2 s: not at import
+
+        offload = offload_of(
+            offload_optimizer, offload_param, aio, stage=stage, host_memory_limit=host_memory_limit,
+            activation_memory=activation_memory,
+        )  # fmt: skip
     needs: dict[int, str] = {}
+    by_blocks = True
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-        needs = requirements(optimizer, stage=stage, allow_untested=allow_untested_optimizer)
+        in_files = "files" in (offload.optimizer.tier, offload.parameters.tier)
+        needs = requirements(optimizer, stage=stage, allow_untested=allow_untested_optimizer, files=in_files)
+        by_blocks = all(requirement(optimizer, group) == "elements" for group in optimizer.param_groups)
+        if in_files and not by_blocks:
+            raise ConfigError(
+                f"{type(optimizer).__name__} is not known to be element-wise, and files give it a block at a time: "
+                f"say by __zs_requires__ = 'elements' that it is, and that several step() calls in a step do no harm"
+            )
     options = Options(
         stage=stage,
         units=units,
@@ -146,6 +175,9 @@ def shard(
             master=master_dtype, state=state_dtype, accum=grad_accum_dtype, update=bf16_update, seed=seed
         ),
         buffer_dtype=buffer_dtype,
+        offload=offload,
+        states=_states(optimizer) if offload and by_blocks and optimizer is not None else (),
+        by_blocks=by_blocks,
     )
     with torch.no_grad():
         runtime = Runtime(model, groups, options, ignored=ignored, device=_device(model, device))
@@ -157,6 +189,17 @@ def shard(
         hook = ShardableHook(lambda: ModelState(runtime, zero))
         object.__setattr__(model, "__zs_shardable__", hook)  # how zs-ckpt finds what this rank holds
         return zero
+
+
+def _states(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The element-wise states that an offloaded optimizer will make."""
+    from .tiers.blocks import probe_states
+
+    try:
+        return probe_states(optimizer)
+    except Exception as error:
+        kind = type(optimizer).__name__
+        raise ConfigError(f"{kind} cannot be offloaded: a copy of it failed on trial ({error})") from error
 
 
 def runtime_of(model: nn.Module) -> Runtime:

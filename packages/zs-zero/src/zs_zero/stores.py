@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from .block_store import PROTOCOL, BlockStore, Ticket
+from .page_cache import PageCache
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -60,10 +61,11 @@ class _Block:
 class _Transfer:
     """The ticket of both stores: `move` runs on one of the store's threads (or at once, in memory)."""
 
-    def __init__(self, view: memoryview, move: Callable[[memoryview], None]) -> None:
+    def __init__(self, view: memoryview, move: Callable[[memoryview], None], where: str = "in memory") -> None:
         self._view: memoryview | None = view
         self._nbytes = view.nbytes
         self._move = move
+        self._where = where
         self._finished = threading.Event()
         self._failure: BaseException | None = None
 
@@ -73,7 +75,7 @@ class _Transfer:
 
     def wait(self, timeout_s: float = 120.0) -> int:
         if not self._finished.wait(timeout_s):
-            raise TimeoutError(f"a transfer of {self._nbytes} bytes is not done after {timeout_s} s")
+            raise TimeoutError(f"a transfer of {self._nbytes} bytes is not done after {timeout_s} s ({self._where})")
         if self._failure is not None:
             raise self._failure
         return self._nbytes
@@ -194,17 +196,37 @@ class FileStore(_Blocks):
 
     The file must not exist (`FileExistsError`); `close` removes it. `timeout_s` bounds the waits of `discard`
     and `close`. Writes are not synced: the content is scratch, it need not survive the machine.
+
+    `cache_nbytes` (at least a page per thread; None: no bound) is how much of the file the page cache may hold at a
+    time: each transfer then goes in parts, each part written to the device and dropped from the cache at once. For
+    use under a memory limit that page cache counts against.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, threads: int = 2, alignment: int = 4096, timeout_s: float = 120.0
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 2,
+        alignment: int = 4096,
+        timeout_s: float = 120.0,
+        cache_nbytes: int | None = None,
     ) -> None:
         super().__init__(alignment)
         if threads < 1:
             raise ValueError(f"threads must be at least 1: {threads}")
+        self._part_nbytes = _MAX_TRANSFER
+        if cache_nbytes is not None:
+            pages = cache_nbytes // threads // mmap.PAGESIZE
+            if pages < 1:
+                raise ValueError(f"cache_nbytes {cache_nbytes}: at least {threads * mmap.PAGESIZE}, a page per thread")
+            self._part_nbytes = min(pages * mmap.PAGESIZE, _MAX_TRANSFER)
+        self.cache_nbytes = cache_nbytes
+        # a page of the cache belongs to one block, so that dropping it takes nothing of another one's transfer
+        self._extent = alignment if cache_nbytes is None else max(alignment, mmap.PAGESIZE)
         self.path = os.fspath(path)
         self.timeout_s = timeout_s
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._cache = None if cache_nbytes is None else PageCache(self._fd)
         self._nbytes = 0  # length of the file
         self._free: list[tuple[int, int]] = []  # (offset, nbytes) of discarded blocks
         self._idle = threading.Condition(self._lock)
@@ -221,7 +243,7 @@ class FileStore(_Blocks):
             self._check_open()
             free, end, placed = list(self._free), self._nbytes, {}
             for key, nbytes in self._new_blocks(blocks).items():
-                extent = -(-nbytes // self.alignment) * self.alignment
+                extent = self._padded(nbytes)
                 fit = next((hole for hole in free if hole[1] >= extent), None)
                 if fit is None:
                     offset, end = end, end + extent
@@ -235,6 +257,9 @@ class FileStore(_Blocks):
             self._free = free
             self._blocks |= placed
 
+    def _padded(self, nbytes: int) -> int:
+        return -(-nbytes // self._extent) * self._extent
+
     def _grow(self, nbytes: int) -> None:
         if nbytes <= self._nbytes:
             return
@@ -243,6 +268,8 @@ class FileStore(_Blocks):
                 os.posix_fallocate(self._fd, self._nbytes, nbytes - self._nbytes)
             else:  # macOS: the length at least
                 os.ftruncate(self._fd, nbytes)
+            if self._cache is not None:  # where a file system cannot allocate, libc writes
+                self._cache.drop(self._nbytes, nbytes - self._nbytes, dirty=True)
         except OSError as error:
             os.ftruncate(self._fd, self._nbytes)  # a failed allocation keeps the part it found
             raise self._error(error, "reserving", self._nbytes, nbytes - self._nbytes, 0) from error
@@ -267,7 +294,7 @@ class FileStore(_Blocks):
                 return
             self._drain([block])
             if block.nbytes:
-                self._free.append((block.offset, -(-block.nbytes // self.alignment) * self.alignment))
+                self._free.append((block.offset, self._padded(block.nbytes)))
 
     def close(self) -> None:
         with self._lock:
@@ -290,7 +317,7 @@ class FileStore(_Blocks):
     # -- the order of transfers: a block is handed to a thread while it has any, one at a time ------------------------
 
     def _issue(self, block: _Block, view: memoryview, move: Callable[[memoryview], None]) -> Ticket:
-        transfer = _Transfer(view, move)
+        transfer = _Transfer(view, move, f"{self.path!r} at offset {block.offset}")
         block.queue.append(transfer)
         if len(block.queue) == 1:
             self._ready.put(block)
@@ -317,9 +344,11 @@ class FileStore(_Blocks):
         done = 0
         try:
             while done < block.nbytes:
-                moved = os.pwrite(self._fd, source[done : done + _MAX_TRANSFER], block.offset + done)
+                moved = os.pwrite(self._fd, source[done : done + self._part_nbytes], block.offset + done)
                 if moved == 0:
                     raise OSError(errno.EIO, "nothing was written")
+                if self._cache is not None:
+                    self._cache.drop(block.offset + done, moved, dirty=True)
                 done += moved
         except OSError as error:
             block.failure = self._error(error, "writing", block.offset, block.nbytes, done)
@@ -332,9 +361,11 @@ class FileStore(_Blocks):
         done = 0
         try:
             while done < block.nbytes:
-                moved = os.preadv(self._fd, [target[done : done + _MAX_TRANSFER]], block.offset + done)
+                moved = os.preadv(self._fd, [target[done : done + self._part_nbytes]], block.offset + done)
                 if moved == 0:
                     raise OSError(errno.EIO, "unexpected end of file")
+                if self._cache is not None:
+                    self._cache.drop(block.offset + done, moved, dirty=False)
                 done += moved
         except OSError as error:
             raise self._error(error, "reading", block.offset, block.nbytes, done) from error

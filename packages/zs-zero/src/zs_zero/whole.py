@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from zs_comm import ConfigError, RankDisagreement, broadcast, exchange
 
-from .flat import Flat, ParamState
+from .flat import Flat
+from .flat_reading import ParamState
 from .initialize import slice_of
 from .runtime import Runtime
 from .sharding import runtime_of
@@ -69,10 +70,12 @@ def full_state_dict(
         for unit in runtime.units:
             before = [flat.state for flat in unit.flats]
             for flat in unit.flats:
-                if masters and flat.master is not None and flat.kept.value != flat.plan.dtype:
-                    runtime.take_writes([flat])
+                if masters and flat.has_masters:
                     for param in flat.params:
-                        value = runtime.whole_of(flat, param, flat.values())
+                        with runtime.moving(flat):
+                            runtime.take_writes([flat])
+                            held = flat.values()
+                        value = runtime.whole_of(flat, param, held)
                         if keep:
                             values[id(param)] = _to_host(value, dtype)
                     continue

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .flat import Flat, HeldPiece, is_element_wise
+from .flat import Flat
+from .flat_pieces import HeldPiece, is_element_wise
 from .rounding import join, stochastically
 
 Owned = tuple[Tensor, Flat, HeldPiece]

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .flat import Flat, HeldPiece
+from .flat import Flat
+from .flat_pieces import HeldPiece
 from .parts import Piece, TensorSpec, parts_of, whole_part
 from .runtime import Runtime
 
@@ -35,12 +36,13 @@ class Window:
         """The window's gradients; waits for the reductions under way."""
         self._runtime.reducer.finish_issued()
         for flat in self._runtime.trainable:
-            if flat.grad is not None:
+            grad = flat.reduced()
+            if grad is not None:
                 for held in flat.owned():
                     if held.piece.index in flat.used:
                         entry = flat.plan.entries[held.piece.index]
-                        spec = TensorSpec(REDUCED + entry.spec.name, entry.spec.shape, flat.grad.dtype)
-                        part = flat.grad[held.low : held.high]
+                        spec = TensorSpec(REDUCED + entry.spec.name, entry.spec.shape, grad.dtype)
+                        part = grad[held.low : held.high]
                         yield from parts_of(spec, held.piece.start, part, replica=replica[0], replicas=replica[1])
         for name, param in self._trained().items():
             grad = self._standing(param)
@@ -126,7 +128,8 @@ class Window:
             if reduced is None:  # others hold the parts that there are
                 reduced = torch.zeros(flat.held_numel, dtype=flat.grad_dtype, device=flat.whole.device)
             if self._world > 1 or not flat.leaves_gradients:
-                flat.grad, flat.used = reduced, used
+                flat.used = used
+                flat.set_reduced(reduced)
                 continue
             for index in used:  # one rank keeps fp32 gradients where autograd puts them
                 entry, param = flat.plan.entries[index], flat.params[index]

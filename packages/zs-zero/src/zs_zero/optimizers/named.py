@@ -157,7 +157,7 @@ REFUSED: Mapping[str, str] = {
 """Types that DeepSpeed knows and this project does not, with the reason."""
 
 NOT_THERE: Mapping[str, tuple[bool, str]] = {
-    "fp32_optimizer_states": (False, "concerns DeepSpeed's optimizers on the CPU, and offload is not there yet"),
+    "fp32_optimizer_states": (False, "states are fp32: see bf16.bf16_optimizer_states and offload_optimizer.zs_state"),
     "per_head_muon": (True, "Muon takes whole matrices; one iteration for each head is not there yet"),
 }
 """Parameters of the optimizers above: the value that is refused, and why."""

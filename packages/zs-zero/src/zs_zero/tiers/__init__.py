@@ -1,0 +1,1 @@
+"""Where states live when they are not on the device: host memory, files; and how they move."""
