@@ -283,19 +283,21 @@ class ParameterAccess(abc.ABC):
         """Replaces this rank's part of a gradient by `part_of` (its piece)."""
         param, scaled = flat.params[index], self._runtime.scaling.scaled
         flat.settle_factors()
-        if not flat.has_reduced and self.group.size == 1 and flat.leaves_gradients:
+        leaves = not flat.has_reduced and self.group.size == 1 and flat.leaves_gradients
+        if leaves and flat.kept.grad != flat.plan.dtype:
+            flat.collect()
+        if leaves and flat.kept.grad == flat.plan.dtype:
             if param.grad is None:
                 param.grad = torch.zeros(param.shape, dtype=param.dtype, device=flat.whole.device)
             for held in _owned(flat, param):
                 param.grad.view(-1)[held.piece.start : held.piece.stop].copy_(scaled(part_of(held)))
         else:
-            total = flat.reduced()
-            if total is None:
-                total = torch.zeros(flat.held_numel, dtype=flat.kept.grad, device=flat.whole.device)
+            before = flat.reduced()
+            total = flat.beside(flat.held_numel, flat.kept.grad) if before is None else before.to(flat.kept.grad)
             for held in _owned(flat, param):
                 total[held.low : held.high].copy_(scaled(part_of(held)))
             flat.factors = []
-            flat.set_reduced(total)
+            flat.set_reduced(total, exact=True)
         flat.used.add(index)
 
     def _local(self, flat: Flat, param: nn.Parameter, held_values: Tensor) -> Tensor:

@@ -107,16 +107,19 @@ class FlatGradients:
             self.factors = []
         self.set_reduced(total)
 
-    def set_reduced(self, grad: Tensor) -> None:
-        """Makes `grad` (held_numel,) the window's reduced gradients, where they belong."""
+    def set_reduced(self, grad: Tensor, *, exact: bool = False) -> None:
+        """Makes `grad` (held_numel,) the window's reduced gradients, where they belong.
+
+        `exact`: they have more digits than files keep, and stay in memory.
+        """
         self.gradient_changes += 1
-        if self.home is None or not self.home.gradients_away:
-            self.grad = grad.to(self.state_device)
+        if self.home is None or not self.home.gradients_away or (exact and grad.dtype != self.grad_dtype):
+            self.grad, self.grad_away, self.norms = grad.to(self.state_device), False, {}
             return
         grad = grad.to("cpu", self.grad_dtype)
         self.norms = {position: norm_of(grad[h.low : h.high]) for position, h in enumerate(self.held_pieces())}
         self.home.put_gradient(grad)
-        self.grad_away = True
+        self.grad, self.grad_away = None, True
 
     def drop_gradients(self) -> None:
         """Forgets the window."""
@@ -129,18 +132,24 @@ class FlatGradients:
     def settle_factors(self) -> None:
         """Does what is deferred to gradients that stand where autograd adds to them."""
         if self.factors and self.leaves_gradients:
-            total = self.beside(self.held_numel, self.kept.grad)
-            for held in self.held_pieces():
-                if held.param.grad is not None:
-                    total[held.low : held.high] = self.gradient(held)
-            for param in self.params:
-                param.grad = None
-            self.grad, self.factors = total, []
+            self.collect()
+
+    def collect(self) -> None:
+        """Brings gradients that stand where autograd put them into `grad`, with all digits that they may get."""
+        total = self.beside(self.held_numel, self.kept.grad)
+        for held in self.held_pieces():
+            if held.param.grad is not None:
+                total[held.low : held.high] = self.gradient(held).reshape(-1)
+        for param in self.params:
+            param.grad = None
+        self.grad, self.factors = total, []
+        self.gradient_changes += 1
 
     def multiply_gradients(self, factor: float) -> None:
         """All of the window's, now or in the step."""
         if self.deferred:
-            self.factors.append(factor)
+            if self.has_reduced or any(param.grad is not None for param in self.params):  # else what comes is not meant
+                self.factors.append(factor)
         elif self.grad is not None:
             self.grad.mul_(factor)
         else:

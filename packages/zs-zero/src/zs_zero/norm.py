@@ -29,12 +29,12 @@ def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Te
         for position, held in enumerate(flat.held_pieces()):
             if held.piece.index in used:
                 known = flat.norms.get(position) if not flat.factors else None  # as it arrived
-                by_slice[held.low // shard_numel].append(flat.gradient(held) if known is None else known)
+                by_slice[held.low // shard_numel].append(norm_of(flat.gradient(held)) if known is None else known)
     sums = torch.zeros(slices, dtype=torch.float64)
     first = shard_group.rank if shard_group.size > 1 else 0
     for position, pieces in enumerate(by_slice):
         if pieces:
-            norms = torch.stack([piece if not piece.dim() else norm_of(piece) for piece in pieces]).double()
+            norms = torch.stack([norm.cpu() for norm in pieces]).double()
             sums[first + position] = norms.square().sum().cpu()
     if shard_group.size > 1:
         all_gather(sums, shard_group, label="gradient norm")

@@ -94,6 +94,7 @@ class OffloadedStates:
                     flat.come_back()
         for flat, grad in self._reduced:
             flat.grad = grad if flat.grad is None else grad.add_(flat.grad)
+            flat.gradient_changes += 1
         for flat, index, grad in self._standing:
             since = self._runtime.reducer.standing(flat, index)
             self._runtime.reducer.set_standing(flat, index, grad if since is None else grad + since)

@@ -99,6 +99,8 @@ class ZeroOptimizer(ScaledLoss, TieredStep, ParameterAccess, StatesOffload, Shar
         client, began = self._client("step"), time.perf_counter()
         loss = None
         if closure is not None:
+            if self._tiers is not None and self._tiers.block_step is not None:
+                raise ConfigError("step(closure) evaluates many gradients, and an offloaded optimizer takes one")
             if not self._runtime.whole_state or self.wide:
                 raise ConfigError("step(closure) needs whole parameters, with states in their dtype: stage 0")
             if self._runtime.scaling.checks or max_norm is not None:
@@ -271,6 +273,7 @@ class ZeroOptimizer(ScaledLoss, TieredStep, ParameterAccess, StatesOffload, Shar
         client = self._client("load_state_dict")
         self._settle()
         own = {key: value for key, value in state_dict.items() if key not in ("loss_scale", "updates")}
+        self.torn = True  # until all of it is there
         with self._swapped(), self.wide.as_states():
             client.load_state_dict(own)
             for group, loaded in zip(self.param_groups, client.param_groups, strict=True):

@@ -73,7 +73,7 @@ class Placement:
             for tensor in (one.value, one.gradient):
                 tensor.untyped_storage().resize_(tensor.numel() * tensor.itemsize)
         self._to_owners("whole parameters", Flat.values, lambda one: one.value, lambda k: k.value)
-        self._to_owners("their gradients", lambda flat: flat.grad, lambda one: one.gradient, lambda k: k.grad)
+        self._to_owners("their gradients", lambda flat: flat.reduced(), lambda one: one.gradient, lambda k: k.grad)
 
     def _to_owners(
         self,

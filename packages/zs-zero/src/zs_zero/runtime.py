@@ -100,8 +100,8 @@ class Runtime(ValuesByParameter):
         made: list[Flat] = []
         try:
             self.units = [self._make_unit(index, spec, differing, made) for index, spec in enumerate(specs)]
-        except Exception as error:
-            self._take_apart(made, values=not isinstance(error, CommError))
+        except BaseException as error:
+            self._take_apart(made, values=isinstance(error, Exception) and not isinstance(error, CommError))
             raise
         self.flats = [flat for unit in self.units for flat in unit.flats]
         self.trainable = [flat for flat in self.flats if flat.plan.trainable]
@@ -110,7 +110,7 @@ class Runtime(ValuesByParameter):
         report_differing(differing + self._send_buffers(), groups.dp)
         world = groups.dp.size
         if self.tiers is not None:
-            self.tiers.attach(self.flats)
+            self.tiers.attach(self.flats, by_blocks=options.by_blocks)
         pre = 1.0 / world if options.prescale else 1.0 / options.predivide_factor
         self.reducer = Reducer(
             self.trainable,

@@ -12,10 +12,19 @@ class Settings:
     """Those of the groups that hold a parameter which is not `alone` (each rank's own, and so may its settings be)."""
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], alone: Callable[[nn.Parameter], bool]) -> None:
-        self._groups = [group for group in groups if not all(alone(param) for param in group["params"])]
+        self._all = list(groups)
+        self._groups = [group for group in self._all if not all(alone(param) for param in group["params"])]
 
     def __str__(self) -> str:
         return repr([{name: _number(group[name]) for name in _NAMES if name in group} for group in self._groups])
+
+    def everything(self) -> str:
+        """All that an update may depend on, as text; waits for values on a device."""
+        return repr([{k: _text(v) for k, v in group.items() if k != "params"} for group in self._all])
+
+
+def _text(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _number(value: Any) -> Any:

@@ -143,13 +143,14 @@ def shard(
             activation_memory=activation_memory,
         )  # fmt: skip
     needs: dict[int, str] = {}
-    by_blocks = True
+    by_elements, by_blocks = True, offload.moves
     if optimizer is not None:
         _check_optimizer(model, optimizer)
         in_files = "files" in (offload.optimizer.tier, offload.parameters.tier)
         needs = requirements(optimizer, stage=stage, allow_untested=allow_untested_optimizer, files=in_files)
-        by_blocks = all(requirement(optimizer, group) == "elements" for group in optimizer.param_groups)
-        if in_files and not by_blocks:
+        by_elements = all(requirement(optimizer, group) == "elements" for group in optimizer.param_groups)
+        by_blocks = by_elements and offload.moves
+        if in_files and not by_elements:
             raise ConfigError(
                 f"{type(optimizer).__name__} is not known to be element-wise, and files give it a block at a time: "
                 f"say by __zs_requires__ = 'elements' that it is, and that several step() calls in a step do no harm"
@@ -176,19 +177,32 @@ def shard(
         ),
         buffer_dtype=buffer_dtype,
         offload=offload,
-        states=_states(optimizer) if offload and by_blocks and optimizer is not None else (),
+        states=_states(optimizer) if offload and by_elements and optimizer is not None else (),
         by_blocks=by_blocks,
     )
     with torch.no_grad():
         runtime = Runtime(model, groups, options, ignored=ignored, device=_device(model, device))
         # how gathered() and full_state_dict() find the runtime; object.__setattr__ because it is no part of the module
         object.__setattr__(model, "_zs_runtime", runtime)
-        zero = ZeroOptimizer(runtime, optimizer)
+        zero = _optimizer(runtime, optimizer)
         if options.loss_scale is not None:
             options.loss_scale.owner = runtime
         hook = ShardableHook(lambda: ModelState(runtime, zero))
         object.__setattr__(model, "__zs_shardable__", hook)  # how zs-ckpt finds what this rank holds
         return zero
+
+
+def _optimizer(runtime: Runtime, client: torch.optim.Optimizer | None) -> ZeroOptimizer:
+    """What failed takes the sharding off the model again."""
+    try:
+        return ZeroOptimizer(runtime, client)
+    except Exception as error:
+        try:
+            runtime.close(gather=not isinstance(error, CommError))
+        except OSError:
+            runtime.closed = False
+            runtime.close(gather=False)
+        raise
 
 
 def _states(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

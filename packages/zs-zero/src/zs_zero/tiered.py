@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from zs_comm import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class TieredStep(abc.ABC):
     """What `ZeroOptimizer` does where something is offloaded."""
 
+    inner: torch.optim.Optimizer | None
     torn: bool
     wide: WideStep
     _runtime: Runtime
@@ -33,10 +35,13 @@ class TieredStep(abc.ABC):
         def torn() -> None:
             self.torn = True
 
+        client: Any = self.inner
         self._stepping = True
         began = time.perf_counter()
         try:
-            tiers.step(updates=self.wide.updates + 1, premise=str(self._settings), torn=torn)
+            for hook in list(client._optimizer_step_pre_hooks.values()):  # once a step, not once a block
+                hook(client, (), {})
+            tiers.step(updates=self.wide.updates + 1, premise=self._settings.everything(), torn=torn)
         except BaseException:
             if not self.torn:
                 self._runtime.drop_gradients()
@@ -48,6 +53,9 @@ class TieredStep(abc.ABC):
         self.torn = False
         self._runtime.scaling.update(overflow=False)
         tiers.stepped(time.perf_counter() - began)
+        client._opt_called = True  # what a schedule looks for that was made before the model was sharded
+        for hook in list(client._optimizer_step_post_hooks.values()):
+            hook(client, (), {})
 
     @property
     def _counts_updates(self) -> bool:
@@ -56,14 +64,13 @@ class TieredStep(abc.ABC):
 
     def _arrived(self, flat: Flat, used: set[int]) -> None:
         """Gradients were reduced in a backward, and an early update may begin."""
-        if self._tiers is not None:
+        if self._tiers is not None and not self._runtime.offloaded:
             scale = self._runtime.scaling.value
             factors = [1.0 / scale] if scale != 1.0 else []
             self._stepping = True  # on trial
             try:
-                self._tiers.arrived(
-                    flat, used, updates=self.wide.updates + 1, factors=factors, premise=str(self._settings)
-                )
+                premise = self._settings.everything()
+                self._tiers.arrived(flat, used, updates=self.wide.updates + 1, factors=factors, premise=premise)
             finally:
                 self._stepping = False
 

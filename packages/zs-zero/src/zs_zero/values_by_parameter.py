@@ -47,6 +47,8 @@ class ValuesByParameter(abc.ABC):
 
     def set_value(self, flat: Flat, param: nn.Parameter, value: Tensor) -> None:
         """Sets one parameter from its whole value (numel,) in the masters' dtype, the same on every rank."""
+        if flat.state in (ParamState.READING, ParamState.GATHERING):
+            flat.release()  # what was brought ahead are the old values
         with self.moving(flat):
             self.take_writes([flat])
             for held in flat.held_pieces():

@@ -36,6 +36,9 @@ class Window:
         """The window's gradients; waits for the reductions under way."""
         self._runtime.reducer.finish_issued()
         for flat in self._runtime.trainable:
+            if flat.gradient_failure is not None:
+                raise flat.gradient_failure
+        for flat in self._runtime.trainable:
             grad = flat.reduced()
             if grad is not None:
                 for held in flat.owned():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from zs_comm import agree
 
+from ..flat_pieces import is_element_wise
 from .blocks import GRAD, MASTER, PARAM, REST, Block
 from .eightbit import decode, encode
 from .slots import Slot
@@ -178,7 +179,7 @@ class BlockStep:
                 read = region in self._regions(block) and (known or region in (MASTER, REST, PARAM))
                 if read and not (block in self._cached and region not in home.codecs):
                     traffic.expect(kind, read=nbytes)
-            if home.gradients_away:
+            if self._flat(block.flat).grad_away:
                 traffic.expect("gradients", read=home.stored_nbytes(block, GRAD))
             if self._in_files(block):
                 self._stored.add(block)
@@ -318,7 +319,7 @@ class BlockStep:
     def _gradient_of(self, block: Block, slot: Slot) -> Tensor | None:
         """The block's gradients where they are in files: the last thing to be read, as they may arrive as late."""
         home = self._home(block)
-        if not home.gradients_away:
+        if not self._flat(block.flat).grad_away:
             return None
         view = slot.view(GRAD, home.stored_nbytes(block, GRAD))
         home.files["gradients"].read(block.key(GRAD), view).wait()
@@ -361,7 +362,7 @@ class BlockStep:
     def _remember(self, todo: Sequence[Todo]) -> None:
         for one in todo:
             state = self._client.state.get(one.piece, {})
-            before = {k: v.clone() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in state.items()}
+            before = {k: _kept_for_rollback(v, one.piece) for k, v in state.items()}
             self._before.append((one.piece, before))
 
     # -- one block that stays -----------------------------------------------------------------------------------------
@@ -384,6 +385,12 @@ class BlockStep:
         self._update(AtHand(flat, block, regions), todo, flat.factors, updates=self._updates, keep=True)
         if apart:
             flat.shard[at].copy_(regions[PARAM])
+
+
+def _kept_for_rollback(value: Any, piece: Tensor) -> Any:
+    """Element-wise states are in files, or updated on copies; whatever else there is may be changed in place."""
+    changes = isinstance(value, Tensor) and (value.numel() == 1 or not is_element_wise(value, piece))
+    return value.clone() if changes else value
 
 
 def _place(home: FlatHome, region: str) -> str:

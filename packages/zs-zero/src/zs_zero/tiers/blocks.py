@@ -130,7 +130,7 @@ def probe_states(client: torch.optim.Optimizer) -> tuple[str, ...]:
         param = torch.nn.Parameter(torch.ones(numel))
         param.grad = torch.ones(numel)
         probe.param_groups.append({**group, "params": [param]})
-    probe.step()
+    type(client).step(probe)  # not its own `step`: a schedule puts one there that steps the client
     names: dict[str, None] = {}
     for state in probe.state.values():
         for name, value in state.items():

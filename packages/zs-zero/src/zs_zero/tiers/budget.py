@@ -117,6 +117,8 @@ class _Budget:
         needs["units at work"] = sum(coming[: 1 + depth]) + sum(
             self.whole_nbytes(unit) for unit in moving if not self.passing[unit]
         )
+        if self.setting.world > 1:  # the part of a unit beside the whole of it, while it is gathered
+            needs["units at work"] += max((self.whole_nbytes(unit) // self.setting.world for unit in moving), default=0)
         grads = [self.flats[flat].padded_numel * self.setting.grad_dtypes[flat].itemsize for flat in self.trained] or [
             0
         ]
@@ -138,7 +140,8 @@ class _Budget:
 
     def parks(self, gradients_away: bool) -> bool:
         """Whether new values of parameters in memory wait for the commit in memory of their own."""
-        return self.in_files and (self.offload.optimizer.early or gradients_away)
+        short = any(self.setting.grad_dtypes[flat].itemsize < self.flats[flat].dtype.itemsize for flat in self.trained)
+        return self.in_files and (self.offload.optimizer.early or gradients_away or short)
 
     def slot_sizes(self, away: Sequence[bool], *, gradients_away: bool) -> dict[str, int]:
         """Bytes of each region of the largest block that streams."""

@@ -64,7 +64,16 @@ def open_store(files: Files, folder: TierFolder, kind: str, *, bounded_cache: bo
 
 def is_plain(files: Files) -> bool:
     """Whether blocks of `files` go through the page cache."""
-    return files.store == "file" or (files.store == "auto" and _provider(STORES) is None)
+    return files.store == "file" or (files.store == "auto" and not _loads(STORES))
+
+
+def _loads(group: str) -> bool:
+    """Whether a provider is there, and can be imported."""
+    point = _provider(group)
+    try:
+        return point is not None and point.load() is not None
+    except ImportError:
+        return False
 
 
 def open_host_optimizer(mode: str = "auto") -> HostOptimizer | None:

@@ -69,8 +69,13 @@ class Offload:
     activation_nbytes: int | None = None  # of the limit, what is left to activations; None: an eighth of it
 
     def __bool__(self) -> bool:
+        return self.moves or self.host_memory_limit is not None
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is to live elsewhere."""
         return self.optimizer.tier != "device" or self.parameters.tier != "device"
 
     def described(self) -> str:
         """What has to be the same on all ranks: not the folders, which may be each rank's own."""
-        return f"{self.optimizer} {self.parameters} limit {self.host_memory_limit}"
+        return f"{self.optimizer} {self.parameters} limit {self.host_memory_limit} {self.activation_nbytes}"

@@ -101,6 +101,7 @@ class Traffic:
         """What moved so far belongs to no step."""
         self._before = {kind: _counters(one) for kind, one in files.items()}
         self._coming_read, self._coming_written = {}, {}
+        self._since = time.perf_counter()
 
     def end(self, files: Mapping[str, TierFiles], step_s: float) -> None:
         """A step was committed."""

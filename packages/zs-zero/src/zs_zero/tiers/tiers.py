@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from zs_comm import Group, agreed
+from zs_comm import Group, agreed, same_everywhere
 
 from ..flat_pieces import HeldPiece, is_element_wise
 from ..plan import Plan
@@ -42,6 +42,8 @@ class Tiers:
         self.told: Group | None = None  # the ranks that agree on reads of parameters
         with agreed(group, "planning tiers"):
             self.plan: TierPlan = plan_tiers(plan, offload, setting)
+        decided = (self.plan.parameters_away, self.plan.gradients_away, [flat.resident for flat in self.plan.flats])
+        same_everywhere(repr(decided), group, what="the plan of tiers (limits, stores)")
         self._codecs = setting.codecs
         self._folders: dict[str, TierFolder] = {}
         self.files: dict[str, TierFiles] = {}
@@ -100,12 +102,12 @@ class Tiers:
                         reserved |= home.reservations(kind)
                 files_of_kind.reserve(reserved, slots=1 if kind == "gradients" else 2)
 
-    def attach(self, flats: Sequence[Flat]) -> None:
-        """The flats that were built."""
+    def attach(self, flats: Sequence[Flat], *, by_blocks: bool) -> None:
+        """The flats that were built. `by_blocks`: whether the step is one over blocks."""
         self.flats = list(flats)
         self._number_of = {id(flat): number for number, flat in enumerate(flats)}
         for flat in flats:
-            if flat.plan.trainable:
+            if flat.plan.trainable and by_blocks:
                 flat.deferred = (
                     flat.grad_dtype != flat.kept.grad
                     or self.plan.gradients_away
@@ -126,7 +128,8 @@ class Tiers:
             blocks = self.plan.flats[self._number_of[id(flat)]]
             for block, _, _ in blocks.over(held.low, held.high):  # one, or none for a parameter without elements
                 self.pieces.setdefault(block, []).append((piece, flat, held))
-        self.take_states(client, owned)
+        with agreed(self.group, "moving states to files"):
+            self.take_states(client, owned)
         self.traffic.forget(self.files)  # building is no step's
 
     def take_states(self, client: torch.optim.Optimizer, owned: Iterable[Owned]) -> None:

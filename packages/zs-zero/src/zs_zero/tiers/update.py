@@ -12,6 +12,7 @@ last elements that fill no vector, where it rounds once more than elsewhere ([No
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -98,11 +99,15 @@ class BlockUpdate:
         chosen: dict[int, list[Tensor]] = {}
         for piece in pieces:
             chosen.setdefault(id(self._group_of[id(piece)]), []).append(piece)
+        client: Any = self._client
+        hooks = client._optimizer_step_pre_hooks, client._optimizer_step_post_hooks
+        client._optimizer_step_pre_hooks, client._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         try:
             for group in groups:
                 group["params"] = chosen.get(id(group), [])
-            self._client.step()
+            client.step()
         finally:
+            client._optimizer_step_pre_hooks, client._optimizer_step_post_hooks = hooks
             for group, params in zip(groups, listed, strict=True):
                 group["params"] = params
 
