@@ -94,18 +94,23 @@ class FlatGradients:
             self.gradient_failure = self.gradient_failure or error
 
     def _take_reduced(self, result: Tensor, only: Iterable[int] | None) -> None:
-        before = self.reduced()
+        before, exact = self.reduced(), False
+        chosen = None if only is None else set(only)
+        if before is not None and chosen is not None and not chosen:
+            return  # nothing of this flat
         if before is None:
             total = result.to(self.state_device, self.grad_dtype)
         else:
             total, entries = before, self.plan.entries
-            parts = [slice(None)] if only is None else [slice(entries[i].offset, entries[i].stop) for i in only]
+            parts = [slice(None)] if chosen is None else [slice(entries[i].offset, entries[i].stop) for i in chosen]
             for at in parts:
                 part = total[at].add_(result[at].to(total.device))
                 if part.dtype != self.kept.accum:  # torch adds micro-steps in their own dtype: its digits are left
                     part.copy_(part.to(self.kept.accum))
+            # what was clipped and got nothing now has digits that files do not keep
+            exact = chosen is not None and bool(self.factors) and not self.used <= chosen
             self.factors = []
-        self.set_reduced(total)
+        self.set_reduced(total, exact=exact)
 
     def set_reduced(self, grad: Tensor, *, exact: bool = False) -> None:
         """Makes `grad` (held_numel,) the window's reduced gradients, where they belong.
