@@ -77,4 +77,5 @@ def test_a_limit_of_every_kind(kind: Kind, tmp_path: Path) -> None:
     found = run(replace(small, folder=str(tmp_path), limit=170_000_000, kind=kind, slack=slack))
     assert found["kind"] == kind
     assert found["hash"] == run(small)["hash"]
+    assert found["peak_resident"] <= 1.1 * sum(found["planned"].values())
     assert found["peak_resident"] <= 170_000_000

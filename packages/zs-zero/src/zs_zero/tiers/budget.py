@@ -178,6 +178,7 @@ class _Budget:
                 room -= sum(self.held(flat) * self.owned_nbytes(flat) for flat in self.trained)
             if room < 0:
                 raise self._refusal(away, gradients_away=gradients_away)
+            room = max(0, room - (limit or 0) // 16)  # what has a choice does not fill it to the brim
         room = self._keep_parameters(away, room, parked=self.parks(gradients_away))
         if gradients == "auto" and gradients_away and room is not None and room >= self.gradient_nbytes():
             gradients_away, room = False, room - self.gradient_nbytes()
