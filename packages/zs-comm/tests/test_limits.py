@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,25 @@ def test_what_is_used_inside_counts_and_nothing_else(kind: Kind) -> None:
     assert 32 * MIB <= peak < 40 * MIB
     assert 32 * MIB <= resident < 40 * MIB
     assert groups == (kind != "rlimit")
+
+
+def mapped(group: Group, kind: Kind, folder: Path) -> int:
+    path = folder / "file"
+    path.write_bytes(bytes(48 * MIB))
+    with limited(64 * MIB, kind=kind) as memory:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            sum(content[::4096])
+            before = memory.peak_resident_nbytes
+            allocated = bytearray(16 * MIB)
+            allocated[::4096] = b"\1" * len(range(0, len(allocated), 4096))
+            found = memory.peak_resident_nbytes
+        assert before < 8 * MIB
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_are_mapped_are_not_what_was_allocated(kind: Kind, tmp_path: Path) -> None:
+    assert 16 * MIB <= in_a_process(mapped, kind, tmp_path) < 24 * MIB
 
 
 def beyond(group: Group, kind: Kind) -> str:

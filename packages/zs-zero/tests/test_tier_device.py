@@ -16,7 +16,8 @@ from zs_zero.tiers import making
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tier_records import AWAY, BLOCK, STATES, Training, adamw, differing
+from tier_fault_runs import differing
+from tier_records import AWAY, BLOCK, STATES, Training, adamw
 from tier_runs import PARAMETERS, How, compared, policies
 from tier_runs import STATES as STATE_POLICIES
 

@@ -19,7 +19,8 @@ from zs_zero.testing import Fault
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tier_records import AWAY, BLOCK, NUMEL, STATES, WIDTH, Training, differing, layers, writes
+from tier_fault_runs import differing
+from tier_records import AWAY, BLOCK, NUMEL, STATES, WIDTH, Training, layers, writes
 
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EARLY: Mapping[str, Any] = {**STATES, "zs_early_update": True}

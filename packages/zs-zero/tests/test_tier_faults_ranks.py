@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import zs_zero
-from zs_comm import Group, RankDisagreement
+from torch import nn
+from zs_comm import Group, Mesh, RankDisagreement
 from zs_comm.testing import run_ranks
 from zs_zero.testing import Fault
 
@@ -127,3 +128,81 @@ def test_what_one_rank_cannot_read_is_an_error_on_all(tmp_path: Path) -> None:
             assert error == ("RankDisagreement", "OSError")[rank], name
             assert ".blocks" in text and "offset" in text, name
             assert seconds < 2.0, name
+
+
+def read_by_a_replica(group: Group, folder: str) -> tuple[str, str, float]:
+    """Two ranks that each hold all of the parameters in files of their own; those of rank 1 cannot be read."""
+    mesh = Mesh.build(world=group, replicate=2)
+    training = Training(folder, group, LAYOUTS["everything"], mesh=mesh)
+    training.window(0)
+    if group.rank == 1:
+        store = training.stores["parameters"]
+        store.faults[:] = [Fault(op="read", number=store.count("read"))]
+    began = time.monotonic()
+    try:
+        training.backward(1)
+    except (OSError, RankDisagreement) as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    finally:
+        training.optimizer.close(parameters=False)
+    return "none", "", 0.0
+
+
+def test_a_replica_is_told_of_a_read(tmp_path: Path) -> None:
+    found = run_ranks(read_by_a_replica, 2, str(tmp_path))
+    assert [name for name, _, _ in found] == ["RankDisagreement", "OSError"]
+    for _, text, seconds in found:
+        assert "parameters.blocks" in text and "offset" in text
+        assert seconds < 2.0
+
+
+class Breaks(torch.optim.SGD):
+    """An element-wise optimizer that raises when it is told to."""
+
+    __zs_requires__ = "elements"
+    broken = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self.broken:
+            raise ArithmeticError("no more")
+        return super().step(closure)
+
+
+def breaks(group: Group, folder: str) -> tuple[str, str, float, str]:
+    """The update of what is resident raises on rank 1, after the files were switched."""
+    net = model()
+    client = Breaks(net.parameters(), lr=0.1, momentum=0.9)
+    policy = {"device": "nvme", "nvme_path": folder, "zs_block_numel": 64, "ratio": 0.5}
+    optimizer = zs_zero.shard(net, client, stage=2, mesh=group, units=[nn.Linear], offload_optimizer=policy)
+    report = optimizer.offload_report()
+    assert 0.0 < report.resident < 1.0
+    net(torch.ones(2, 12)).square().mean().backward()
+    plain, began = client.step, time.monotonic()
+    taken = 0
+
+    def step() -> object:
+        nonlocal taken
+        taken += 1
+        client.broken = group.rank == 1 and taken > streamed
+        return plain()
+
+    blocks = [block for flat in optimizer._tiers.plan.flats for block in flat.blocks]  # type: ignore[union-attr]
+    streamed = sum(not block.resident for block in blocks)
+    client.step = step  # type: ignore[method-assign, assignment]
+    try:
+        optimizer.step()
+    except (ArithmeticError, RankDisagreement) as error:
+        first = type(error).__name__, str(error), time.monotonic() - began
+    try:
+        optimizer.step()
+    except zs_zero.TornError as error:
+        return *first, type(error).__name__
+    return *first, "none"
+
+
+def test_an_update_that_raises_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    found = run_ranks(breaks, 2, str(tmp_path))
+    assert [name for name, *_ in found] == ["RankDisagreement", "ArithmeticError"]
+    for _, text, seconds, after in found:
+        assert "no more" in text and seconds < 2.0
+        assert after == "TornError"

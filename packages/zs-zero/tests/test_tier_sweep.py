@@ -19,7 +19,8 @@ from zs_zero.tiers.sweep import Sweep
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tier_records import AWAY, BLOCK, LAYERS, NUMEL, STATES, Call, Training, differing, layers, reads, writes
+from tier_fault_runs import differing
+from tier_records import AWAY, BLOCK, LAYERS, NUMEL, STATES, Call, Training, layers, reads, writes
 
 SIZES = {"param": 64}
 Blocks = list[Block]

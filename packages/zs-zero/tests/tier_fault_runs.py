@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import zs_zero
 from torch import Tensor, nn
-from zs_comm import Group, RankDisagreement
+from zs_comm import Group, Mesh, RankDisagreement
 from zs_zero.stores import MemoryStore
 from zs_zero.testing import Fault, FaultyStore
 from zs_zero.tiers import opening, tiers
@@ -76,8 +76,9 @@ class Training:
     def __init__(
         self, folder: Path | str, group: Group, layout: Layout, *, store: str = "file", net: nn.Module | None = None,
         faults: Mapping[str, Fault] | None = None, job: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:  # fmt: skip
-        """`faults`: of the stores from the beginning, by kind."""
+        """`faults`: of the stores from the beginning, by kind. `mesh`: of the ranks of `group`."""
         self.group, self.layout = group, layout
         self.stores: dict[str, FaultyStore] = {}
         self.phase = "build"
@@ -88,7 +89,7 @@ class Training:
         self.model = net
         with self._faulty_stores():
             self.optimizer = zs_zero.shard(
-                net, layout.client(net.parameters()), stage=layout.stage, mesh=group,
+                net, layout.client(net.parameters()), stage=layout.stage, mesh=mesh or group,
                 offload_optimizer={**layout.optimizer, **at},
                 offload_param=None if layout.parameters is None else {**layout.parameters, **at},
                 aio={"zs_store": store, "zs_job": job}, units=[nn.Linear], **layout.options,

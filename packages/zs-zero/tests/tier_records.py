@@ -172,13 +172,3 @@ def writes(calls: Sequence[Call], kind: str, phase: str | None = None) -> list[C
 
 def reads(calls: Sequence[Call], kind: str, phase: str | None = None) -> list[Call]:
     return [one for one in calls if (one.kind, one.op) == (kind, "read") and phase in (None, one.phase)]
-
-
-def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Names of what is not the same, bit for bit."""
-    names = sorted(found.keys() ^ expected.keys())
-    for name in found.keys() & expected.keys():
-        one, other = found[name], expected[name]
-        if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one, other):
-            names.append(name)
-    return names

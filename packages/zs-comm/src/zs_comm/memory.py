@@ -12,7 +12,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .resident import resident
 
 
 @dataclass(frozen=True)
@@ -219,17 +220,12 @@ def _rows(name: str, live: Mapping[torch.dtype, int]) -> list[tuple[str, int | N
 
 def _resident() -> tuple[int | None, int | None]:
     """(now, peak) bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.partition(":")[::2] for line in status.read_text().splitlines())
-        return _kib(lines.get("VmRSS")), _kib(lines.get("VmHWM"))
+    found = resident()
+    if found is not None:
+        return found.nbytes, found.peak_nbytes
     if os.name == "posix":
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return None, peak if sys.platform == "darwin" else peak * 1024
     return None, None
-
-
-def _kib(text: str | None) -> int | None:
-    return int(text.split()[0]) * 1024 if text else None

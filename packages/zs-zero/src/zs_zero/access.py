@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from zs_comm import ConfigError, Group, agreed, same_everywhere
 
 from .flat import Flat
+from .flat_gradients import scaled as scaled_by
 from .flat_pieces import HeldPiece
 from .sync import checksum
-from .tiers.update import scaled as scaled_by
 
 if TYPE_CHECKING:
     from .placement import Placement

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zs_comm import ConfigError, Group, Work, agreed, all_gather
 
 from .flat_gradients import FlatGradients
-from .flat_pieces import HeldPiece, is_element_wise
+from .flat_pieces import HeldPiece, hollow, is_element_wise
 from .flat_reading import FlatReading, ParamState
 from .initialize import bring
 from .plan import FlatPlan, Piece
@@ -28,7 +28,6 @@ from .precision import Kept, Precision
 from .released import classes_of
 from .rounding import join, split
 from .tiers.blocks import MASTER, REST, cut_pieces
-from .tiers.update import hollow
 
 if TYPE_CHECKING:
     from .tiers.home import FlatHome
@@ -67,8 +66,6 @@ class Flat(FlatGradients, FlatReading):
         self.state = ParamState.WHOLE
         self.borrowers = 0  # `gathered` blocks that need the whole values
         self.held_numel = plan.shard_numel * len(held)
-        self.sixteen_bit = plan.dtype in (torch.bfloat16, torch.float16)
-        self.master_dtype = self.kept.master
         FlatGradients.__init__(self, grad_dtype=grad_dtype or self.kept.grad, state_device=state_device)
         self.pin_states, self.pin_parameters = pin_states, pin_parameters  # host memory that a device copies from or to
         FlatReading.__init__(self, apart=apart)

@@ -6,15 +6,15 @@ digits or away, it is kept in `factors` and done by the step as it reads them: t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import abc
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .flat_pieces import HeldPiece
-from .norm import norm_of
-from .tiers.update import scaled
+from .norm import norms_of
 
 if TYPE_CHECKING:
     from .plan import FlatPlan
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .tiers.home import FlatHome
 
 
-class FlatGradients:
+class FlatGradients(abc.ABC):
     """What `Flat` does with gradients. `grad`: (held_numel,), or None where they stand elsewhere or nowhere."""
 
     name: str
@@ -46,8 +46,8 @@ class FlatGradients:
         self.norms: dict[int, Tensor] = {}  # of gradients that are away: 2-norms of held pieces, by position
         self.used: set[int] = set()  # parameters that got a gradient in this window, on any rank
 
-    def held_pieces(self) -> tuple[HeldPiece, ...]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def held_pieces(self) -> tuple[HeldPiece, ...]: ...
 
     def beside(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeros where masters and reduced gradients are; page-locked where a device copies from and to them."""
@@ -122,7 +122,7 @@ class FlatGradients:
             self.grad, self.grad_away, self.norms = grad.to(self.state_device), False, {}
             return
         grad = grad.to("cpu", self.grad_dtype)
-        self.norms = {position: norm_of(grad[h.low : h.high]) for position, h in enumerate(self.held_pieces())}
+        self.norms = dict(enumerate(norms_of([grad[held.low : held.high] for held in self.held_pieces()])))
         self.home.put_gradient(grad)
         self.grad, self.grad_away = None, True
 
@@ -168,3 +168,14 @@ class FlatGradients:
         if self.state_device is not None or (self.home is not None and self.home.gradients_away):
             return False
         return not self.has_reduced and self.kept.accum == self.grad_dtype == self.plan.dtype
+
+
+def scaled(grad: Tensor, factors: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """`grad` (n,) in `dtype`, times each factor in turn: `grad` itself where nothing changes it."""
+    grad = grad.reshape(-1)
+    if not factors:
+        return grad.to(dtype)
+    result = grad.to(dtype, copy=True)
+    for factor in factors:
+        result.mul_(factor)
+    return result

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .plan import Piece
@@ -29,3 +30,9 @@ def is_element_wise(state: Any, piece: Tensor) -> bool:
     """Whether an optimizer's state has a floating-point number for each element of `piece`."""
     whole = isinstance(state, Tensor) and state.dim() > 0 and state.numel() == piece.numel()
     return whole and state.is_floating_point()
+
+
+def hollow(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape whose values are elsewhere: not a number wherever it is read, and it cannot be written."""
+    value: Any = float("nan") if dtype.is_floating_point else 0
+    return torch.full((), value, dtype=dtype).expand(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class ParamState(Enum):
     OFFLOADED = "offloaded"  # nothing on the device, by `offload_states`
 
 
-class FlatReading:
+class FlatReading(abc.ABC):
     """What `Flat` does where its parameters are in files."""
 
     plan: FlatPlan
@@ -46,8 +47,8 @@ class FlatReading:
         self._landing: Tensor | None = None  # (held_numel,) host memory, on the way from files to a device
         self._overdue: list[Ticket] = []  # given up on, and still on their way to the memory of `whole`
 
-    def own_slice(self) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def own_slice(self) -> Tensor: ...
 
     def read_ahead(self) -> None:
         """Starts reading this rank's part where it is in files; a `gather` has to follow."""

@@ -6,7 +6,7 @@ in slice order. A rank that holds all slices computes them all; one that holds o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,35 +22,30 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Tensor:
     """2-norm of the mean gradient over all used parameters: a 0-dim fp32 tensor on the CPU."""
-    by_slice: list[list[Tensor | None]] = []
-    together: list[tuple[list[Tensor | None], int, Tensor]] = []  # (where its norm goes, gradient)
+    found: list[Tensor] = []  # gradients where they stand, norms of those that are elsewhere or to be multiplied
+    standing: list[int] = []
+    places: list[int] = []
     for flat in flats:
-        by_slice = by_slice or [[] for _ in flat.held]
-        used, shard_numel = flat.used, flat.plan.shard_numel
         for position, held in enumerate(flat.held_pieces()):
-            if held.piece.index in used:
-                known = flat.norms.get(position) if not flat.factors else None  # as it arrived
-                mine = by_slice[held.low // shard_numel]
-                if known is None and (flat.factors or flat.grad_away):
-                    known = norm_of(flat.gradient(held))  # a copy, which goes again
-                if known is None:
-                    together.append((mine, len(mine), flat.gradient(held)))
-                mine.append(known)
-    for short in (True, False):  # one call for all that stand here
-        chosen = [one for one in together if (one[2].dtype in SIXTEEN_BIT) is short]
-        norms = (
-            []
-            if not chosen
-            else torch._foreach_norm([grad for _, _, grad in chosen], 2, dtype=torch.float32 if short else None)
-        )
-        for (mine, place, _), norm in zip(chosen, norms, strict=True):
-            mine[place] = norm
+            if held.piece.index not in flat.used:
+                continue
+            places.append(held.low // flat.plan.shard_numel)
+            if flat.norms and not flat.factors:
+                found.append(flat.norms[position])  # as it arrived
+            elif flat.factors or flat.grad_away:
+                found += norms_of([flat.gradient(held)])  # of a copy, which goes again
+            else:
+                standing.append(len(found))
+                found.append(flat.gradient(held))
+    for at, norm in zip(standing, norms_of([found[at] for at in standing]), strict=True):
+        found[at] = norm
     sums = torch.zeros(slices, dtype=torch.float64)
     first = shard_group.rank if shard_group.size > 1 else 0
-    for position, pieces in enumerate(by_slice):
-        if pieces:
-            found = torch.stack([norm.cpu() for norm in pieces if norm is not None]).double()
-            sums[first + position] = found.square().sum()
+    by_slice: dict[int, list[Tensor]] = {}
+    for place, norm in zip(places, found, strict=True):
+        by_slice.setdefault(place, []).append(norm)
+    for place, norms in by_slice.items():
+        sums[first + place] = torch.stack(norms).double().square().sum().cpu()
     if shard_group.size > 1:
         all_gather(sums, shard_group, label="gradient norm")
     total = 0.0
@@ -59,6 +54,12 @@ def global_norm(flats: Iterable[Flat], shard_group: Group, *, slices: int) -> Te
     return torch.tensor(total, dtype=torch.float64).sqrt().float()
 
 
-def norm_of(grad: Tensor) -> Tensor:
-    """The 2-norm of a piece's gradient (n,), in fp32 for one of 16 bits; 0-dim."""
-    return torch._foreach_norm([grad], 2, dtype=torch.float32 if grad.dtype in SIXTEEN_BIT else None)[0]
+def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of pieces' gradients, in fp32 for those of 16 bits; 0-dim each."""
+    norms = list(grads)
+    for short in (True, False):
+        at = [index for index, grad in enumerate(grads) if (grad.dtype in SIXTEEN_BIT) is short]
+        made = torch._foreach_norm([grads[i] for i in at], 2, dtype=torch.float32 if short else None) if at else ()
+        for index, norm in zip(at, made, strict=True):
+            norms[index] = norm
+    return norms

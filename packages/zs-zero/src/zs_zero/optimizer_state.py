@@ -16,10 +16,9 @@ from zs_comm import ConfigError, exchange
 
 from .checkpoint import misfit, place_own, replica_of
 from .flat import Flat
-from .flat_pieces import HeldPiece, is_element_wise
+from .flat_pieces import HeldPiece, hollow, is_element_wise
 from .parts import PROTOCOL, LazyPiece, Piece, TensorSpec, lazy_parts_of, parts_of, whole_part
 from .runtime import Runtime
-from .tiers.update import hollow
 from .window import LOCAL, REDUCED, Window
 
 if TYPE_CHECKING:

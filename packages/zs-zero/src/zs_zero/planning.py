@@ -8,8 +8,8 @@ from torch import nn
 
 from .initialize import slice_of
 from .loss_scale import LossScale
-from .plan import ParamSpec, Plan, make_plan
-from .precision import Precision
+from .plan import FlatPlan, ParamSpec, Plan, make_plan
+from .precision import Kept, Precision
 from .tiers.policy import Offload
 from .units import UnitChoice, UnitSpec
 
@@ -69,6 +69,11 @@ def _dtype_of(param: nn.Parameter, wanted: torch.dtype | None) -> torch.dtype:
         return param.dtype
     sliced = slice_of(param)
     return wanted or (sliced.dtype if sliced is not None else None) or param.dtype
+
+
+def kept_of(flat: FlatPlan, options: Options) -> Kept:
+    """In which dtypes a flat's numbers are kept."""
+    return (options.precision if flat.trainable else Precision()).of(flat.dtype)
 
 
 def description(model: nn.Module, plan: Plan, options: Options) -> str:

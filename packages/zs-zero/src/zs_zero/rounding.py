@@ -14,6 +14,11 @@ _BLOCK = 1 << 18  # elements hashed at a time: 1 MiB of int32 stays in a cache
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # C. Wellons, "Prospecting for hash functions", 2018: lowbias32
 
 
+def rounding_key(seed: int, updates: int, name: str, state: str) -> str:
+    """Of the random numbers by which one update rounds one state of a parameter ("": its value)."""
+    return f"{seed}\0{updates}\0{name}\0{state}"
+
+
 def stochastically(values: Tensor, *, key: str, start: int = 0) -> Tensor:
     """(n,) fp32 to bf16: up with the probability of the part that is cut off, else down. NaN and infinity stay.
 

@@ -31,8 +31,7 @@ from .initialize import materialize, slice_of
 from .offload_states import OffloadedStates
 from .placement import Placement
 from .plan import FlatPlan
-from .planning import Options, description, plan_of
-from .precision import Precision
+from .planning import Options, description, kept_of, plan_of
 from .reducer import Groups, Reducer
 from .released import ReleasedParameterError
 from .scaling import Scaling
@@ -154,12 +153,12 @@ class Runtime(ValuesByParameter):
         flats = []
         first = sum(len(unit.flats) for unit in self.plan.units[:index])
         for number, flat_plan in enumerate(planned.flats, first):
-            kept = (self.options.precision if flat_plan.trainable else Precision()).of(flat_plan.dtype)
             home = None if self.tiers is None else self.tiers.homes[number]
             away = home is not None and home.parameters_away
             params = [spec.params[entry.spec.name] for entry in flat_plan.entries]
             flat = Flat(
-                flat_plan, params, self.groups.gather, held=held, name=spec.name or "(root)", kept=kept, home=home,
+                flat_plan, params, self.groups.gather, held=held, name=spec.name or "(root)", home=home,
+                kept=kept_of(flat_plan, self.options),
                 releasable=self._releases and (self._sharded or away),
                 told=None if self.tiers is None else self.tiers.told, **self._placed(flat_plan),
             )  # fmt: skip

@@ -69,7 +69,7 @@ class TieredStep(abc.ABC):
             factors = [1.0 / scale] if scale != 1.0 else []
             self._stepping = True  # on trial
             try:
-                premise = self._settings.everything()
+                premise = self._settings.everything
                 self._tiers.arrived(flat, used, updates=self.wide.updates + 1, factors=factors, premise=premise)
             finally:
                 self._stepping = False

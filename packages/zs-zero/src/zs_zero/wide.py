@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .flat import Flat
 from .flat_pieces import HeldPiece, is_element_wise
-from .rounding import join, stochastically
+from .rounding import join, rounding_key, stochastically
 
 Owned = tuple[Tensor, Flat, HeldPiece]
 
@@ -97,7 +97,7 @@ class WideStep:
         def narrow(what: str, wide: Tensor) -> Tensor:
             if kept.update != "stochastic_rounding":
                 return wide
-            key = f"{self._seed}\0{self.updates}\0{name}\0{what}"
+            key = rounding_key(self._seed, self.updates, name, what)
             return stochastically(wide.reshape(-1), key=key, start=start).view(wide.shape)
 
         piece.grad = None

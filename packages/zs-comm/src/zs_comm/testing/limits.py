@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..resident import Resident, reset_peak, resident
+
 Kind = Literal["cgroup1", "cgroup2", "rlimit"]
 
 PREFIX = "zs-limit-"  # and the process's id: whoever started it can find its group
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass
@@ -43,7 +44,7 @@ class MemoryLimit:
     nbytes: int
     kind: Kind
     _group: Path | None = None
-    _resident_before: int = 0
+    _before: Resident | None = None
     _peaks: tuple[int, int] | None = None  # once lifted
 
     @property
@@ -53,15 +54,16 @@ class MemoryLimit:
 
     @property
     def peak_resident_nbytes(self) -> int:
-        """How far the resident set grew at the most: without page cache, with what was shared before."""
+        """How far the resident set grew at the most, without page cache and what is mapped from files."""
         return self._read()[1]
 
     def _read(self) -> tuple[int, int]:
         if self._peaks is not None:
             return self._peaks
-        resident = max(_status("VmHWM") - self._resident_before, 0)
+        now = resident()
+        grown = 0 if now is None or self._before is None else now.growth_since(self._before)
         peak = _peak(self._group) if self._group else None
-        return (resident if peak is None else peak), resident
+        return (grown if peak is None else peak), grown
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def limited(nbytes: int, *, kind: Kind | None = None) -> Iterator[MemoryLimit]:
     try:
         _set_limit(group, nbytes)
         before = _own(chosen)
-        _reset_resident_peak()
-        limit = MemoryLimit(nbytes, chosen, group, _status("VmRSS"))
+        reset_peak()
+        limit = MemoryLimit(nbytes, chosen, group, resident())
         (group / "cgroup.procs").write_text(str(os.getpid()))
         try:
             yield limit
@@ -162,9 +164,9 @@ def collect() -> int:
 
 def _rlimited(nbytes: int) -> Iterator[MemoryLimit]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = _status("VmData") + nbytes
-    _reset_resident_peak()
-    limit = MemoryLimit(nbytes, "rlimit", None, _status("VmRSS"))
+    wanted = _mapped_data() + nbytes
+    reset_peak()
+    limit = MemoryLimit(nbytes, "rlimit", None, resident())
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     try:
         yield limit
@@ -260,16 +262,10 @@ def _remove(group: Path) -> bool:
 # ---- this process ----
 
 
-def _status(key: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
-def _reset_resident_peak() -> None:
-    with contextlib.suppress(OSError):  # some containers forbid it; the peak then includes the imports
-        Path("/proc/self/clear_refs").write_text("5")
+def _mapped_data() -> int:
+    """Bytes that RLIMIT_DATA counts."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
 
 
 def _trim() -> None:

@@ -77,7 +77,11 @@ class BlockStep:
             self.rollback()
             raise
         torn()
-        self._commit()
+        try:
+            self._commit()
+        except Exception as raised:  # the client's optimizer, on what is resident
+            error = raised
+        agree(self._tiers.group, error, what="optimizer step")
 
     def _finish_trial(self, updates: int, premise: str) -> None:
         blocks = [block for block in self._blocks() if self._streams(block)]
@@ -190,7 +194,9 @@ class BlockStep:
             self._client.state[piece] = state
 
     # -- before the step ----------------------------------------------------------------------------------------------
-    def arrived(self, flat: int, used: set[int], *, updates: int, factors: list[float], premise: str) -> None:
+    def arrived(
+        self, flat: int, used: set[int], *, updates: int, factors: list[float], premise: Callable[[], str]
+    ) -> None:
         """Gradients of a flat were reduced, of the parameters `used`: its blocks may be updated on trial.
 
         `factors`, `premise`: as the step will have them if nothing happens until then.
@@ -203,7 +209,7 @@ class BlockStep:
                 self._usual_backwards = self._backwards + 2  # no second try in this window
                 return
             if self._sweep is None:
-                self._updates, self._factors, self._premise = updates, list(factors), premise
+                self._updates, self._factors, self._premise = updates, list(factors), premise()
                 ahead = [block for blocks in reversed(self._tiers.plan.flats) for block in blocks.blocks]
                 self._begin([block for block in ahead if self._pieces(block) and self._streams(block)])
             self._assumed[flat] = (set(used), self._flat(flat).gradient_changes)
@@ -250,7 +256,7 @@ class BlockStep:
         if home is None:
             return False
         own = home.parameters_away and MASTER not in home.blocks.owned  # parameters that are their own masters
-        return own or (home.states_away and not block.resident)
+        return own or home.owned_away(block)
 
     def _home(self, block: Block) -> FlatHome:
         home = self._tiers.homes[block.flat]

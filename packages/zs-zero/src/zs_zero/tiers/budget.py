@@ -169,21 +169,28 @@ class _Budget:
         away = [self.may_leave(flat) for flat in range(len(self.flats))]
         gradients = offload.optimizer.gradients
         gradients_away = gradients == "files" or (gradients == "auto" and limit is not None and self.in_files)
-        room = None if limit is None else limit - sum(self.fixed(away, gradients_away=gradients_away).values())
-        if room is not None:
-            room -= sum(self.param_nbytes(f) for f, gone in enumerate(away) if not gone and self.setting.new[f])
-            if not gradients_away:
-                room -= self.gradient_nbytes()
-            if not self.in_files:
-                room -= sum(self.held(flat) * self.owned_nbytes(flat) for flat in self.trained)
+        room = None
+        if limit is not None:
+            least = [0 if self.in_files else self.held(flat) for flat in range(len(self.flats))]
+            needs = self.needs(away, least, gradients_away=gradients_away)
+            room = limit - sum(needs.values())
             if room < 0:
-                raise self._refusal(away, gradients_away=gradients_away)
-            room = max(0, room - (limit or 0) // 16)  # what has a choice does not fill it to the brim
+                raise self._refusal(needs, limit)
+            room = max(0, room - limit // 16)  # what has a choice does not fill it to the brim
         room = self._keep_parameters(away, room, parked=self.parks(gradients_away))
         if gradients == "auto" and gradients_away and room is not None and room >= self.gradient_nbytes():
             gradients_away, room = False, room - self.gradient_nbytes()
         resident = self._keep_optimizer(room, away, gradients_away=gradients_away)
         return self._plan(away, resident, gradients_away=gradients_away)
+
+    def needs(self, away: Sequence[bool], resident: Sequence[int], *, gradients_away: bool) -> dict[str, int]:
+        """Bytes by purpose, those that are none left out. `resident`: elements of each flat whose states stay."""
+        needs = self.fixed(away, gradients_away=gradients_away)
+        stay = [flat for flat, gone in enumerate(away) if not gone and self.setting.new[flat]]
+        needs["parameters"] = sum(map(self.param_nbytes, stay))
+        needs["gradients"] = 0 if gradients_away else self.gradient_nbytes()
+        needs["masters and states"] = sum(resident[flat] * self.owned_nbytes(flat) for flat in self.trained)
+        return {name: nbytes for name, nbytes in needs.items() if nbytes}
 
     def gradient_nbytes(self) -> int:
         return sum(self.held(flat) * self.setting.grad_dtypes[flat].itemsize for flat in self.trained)
@@ -248,15 +255,9 @@ class _Budget:
             self._cut(number, flat, resident[number], apart=away[number] or gradients_away)
             for number, flat in enumerate(self.flats)
         )
-        needs = self.fixed(away, gradients_away=gradients_away)
-        needs["parameters"] = sum(
-            self.param_nbytes(f) for f, gone in enumerate(away) if not gone and self.setting.new[f]
-        )
-        needs["gradients"] = 0 if gradients_away else self.gradient_nbytes()
-        needs["masters and states"] = sum(resident[flat] * self.owned_nbytes(flat) for flat in self.trained)
-        given = {name: nbytes for name, nbytes in needs.items() if nbytes}
+        needs = self.needs(away, resident, gradients_away=gradients_away)
         limit = self.offload.host_memory_limit
-        return TierPlan(flats, tuple(away), gradients_away, sizes, self.slots(sizes), given, limit)
+        return TierPlan(flats, tuple(away), gradients_away, sizes, self.slots(sizes), needs, limit)
 
     def _cut(self, number: int, flat: FlatPlan, resident: int, *, apart: bool) -> FlatBlocks:
         held = self.held(number)
@@ -267,17 +268,9 @@ class _Budget:
             owned=self.owned[number], grad=grad,
         )  # fmt: skip
 
-    def _refusal(self, away: Sequence[bool], *, gradients_away: bool) -> ConfigError:
-        needs = self.fixed(away, gradients_away=gradients_away)
-        needs["parameters"] = sum(
-            self.param_nbytes(f) for f, gone in enumerate(away) if not gone and self.setting.new[f]
-        )
-        needs["gradients"] = 0 if gradients_away else self.gradient_nbytes()
-        if not self.in_files:
-            needs["masters and states"] = sum(self.held(flat) * self.owned_nbytes(flat) for flat in self.trained)
-        limit, total = self.offload.host_memory_limit or 0, sum(needs.values())
+    def _refusal(self, needs: Mapping[str, int], limit: int) -> ConfigError:
         largest = max(range(len(self.units)), key=self.whole_nbytes)
-        sums = " + ".join(f"{name} {mib(nbytes)}" for name, nbytes in needs.items() if nbytes)
+        sums, total = " + ".join(f"{name} {mib(nbytes)}" for name, nbytes in needs.items()), sum(needs.values())
         return ConfigError(
             f"host_memory_limit cannot be met: {sums} = {mib(total)} > {mib(limit)}; the largest unit is "
             f"{self.names[largest]!r} with {mib(self.whole_nbytes(largest))}. Raise the limit, offload more "

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from ..flat import Flat
     from .files import TierFiles
 
-_KINDS = {PARAM: "parameters", GRAD: "gradients"}
+
+def _kind(region: str) -> str:
+    """Of the files that a region is in."""
+    return {PARAM: "parameters", GRAD: "gradients"}.get(region, "optimizer")
 
 
 class FlatHome:
@@ -37,7 +40,6 @@ class FlatHome:
         self.files = files
         self.codecs = codecs  # {state: kind of its 8-bit code}
         self._changed = changed
-        self.resident: dict[str, Tensor] = {}  # states (resident,) that stay in memory
 
     # -- what is where ------------------------------------------------------------------------------------------------
     @property
@@ -50,12 +52,16 @@ class FlatHome:
         """Whether masters and states of some elements are in files."""
         return "optimizer" in self.files and self.blocks.resident < self.blocks.held_numel
 
+    def owned_away(self, block: Block) -> bool:
+        """Whether masters and states of a block are in files."""
+        return "optimizer" in self.files and not block.resident
+
     @property
     def gradients_away(self) -> bool:
         return "gradients" in self.files and self.blocks.grad is not None
 
     def file_of(self, region: str) -> TierFiles:
-        return self.files[_KINDS.get(region, "optimizer")]
+        return self.files[_kind(region)]
 
     def stored_nbytes(self, block: Block, region: str) -> int:
         """Bytes of a region as it is stored."""
@@ -75,7 +81,7 @@ class FlatHome:
         """The regions of a block that are in files."""
         if self.parameters_away:
             yield PARAM
-        if "optimizer" in self.files and not block.resident:
+        if self.owned_away(block):
             yield from self.blocks.owned
         if self.gradients_away:
             yield GRAD
@@ -86,7 +92,7 @@ class FlatHome:
             block.key(region): self.stored_nbytes(block, region)
             for block in self.blocks.blocks
             for region in self.in_files(block)
-            if _KINDS.get(region, "optimizer") == kind
+            if _kind(region) == kind
         }
 
     # -- building -----------------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ class FlatHome:
 
     def _value(self, flat: Flat, block: Block) -> Tensor:
         where = slice(block.low, block.high)
-        away = self.states_away and not block.resident
+        away = self.owned_away(block)
         if MASTER in self.blocks.owned:
             if away:
                 return self.read(block, MASTER)
@@ -181,7 +187,7 @@ class FlatHome:
     def _store(self, flat: Flat, block: Block, values: Tensor) -> None:
         self._changed(block)
         where = slice(block.low, block.high)
-        away = self.states_away and not block.resident
+        away = self.owned_away(block)
         param = values
         if REST in self.blocks.owned:
             param, rest = split(values)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..precision import Kept, Precision
+from ..planning import kept_of
+from ..precision import Kept
 from .budget import Setting
 from .opening import is_plain
 from .tiers import Tiers, codecs_of
@@ -64,11 +65,6 @@ def placed(flat: FlatPlan, options: Options, groups: Groups, device: torch.devic
         "pin_states": options.offload.optimizer.pin_memory,
         "pin_parameters": options.offload.parameters.pin_memory,
     }
-
-
-def kept_of(flat: FlatPlan, options: Options) -> Kept:
-    """In which dtypes a flat's numbers are kept."""
-    return (options.precision if flat.trainable else Precision()).of(flat.dtype)
 
 
 def grad_dtype(flat: FlatPlan, kept: Kept, options: Options, groups: Groups) -> torch.dtype:

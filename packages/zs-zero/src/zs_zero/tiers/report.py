@@ -7,7 +7,6 @@ import ctypes
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class OffloadReport:
     store: str  # "aio", "file", or "memory" where nothing is in files
     planned: Mapping[str, int]  # bytes of host memory by purpose, above the size when the model was sharded
     limit: int | None  # bytes
-    peak_nbytes: int | None  # most that was resident above that size; None where the platform does not tell
+    peak_nbytes: int | None  # most that was resident above that size, without what is mapped from files; None: unknown
     resident: float  # share of the trained elements whose masters and states stay in memory
     steps: int = 0
     read: Mapping[str, int] = field(default_factory=dict)
@@ -121,23 +120,6 @@ class Traffic:
 
 def _counters(files: TierFiles) -> tuple[int, int, float, float]:
     return files.nbytes_read, files.nbytes_written, files.stall_s, files.io_s
-
-
-def resident_nbytes(key: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory now ("VmRSS"), or at most ("VmHWM"); None where the platform does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:")), None)
-    except (OSError, ValueError):
-        return None
-
-
-def reset_peak() -> None:
-    """Makes "VmHWM" what is resident now, where the platform can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except OSError:
-        return
 
 
 def bound_heap() -> None:

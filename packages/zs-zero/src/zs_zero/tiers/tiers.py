@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from zs_comm import Group, agreed, same_everywhere
+from zs_comm.resident import reset_peak, resident
 
-from ..flat_pieces import HeldPiece, is_element_wise
+from ..flat_pieces import HeldPiece, hollow, is_element_wise
 from ..plan import Plan
 from .block_step import BlockStep
 from .blocks import Block
@@ -20,9 +21,9 @@ from .folder import TierFolder
 from .home import FlatHome
 from .opening import open_host_optimizer, open_store
 from .policy import Files, Offload
-from .report import OffloadReport, Traffic, bound_heap, reset_peak, resident_nbytes
+from .report import OffloadReport, Traffic, bound_heap
 from .slots import Slot, slot_nbytes
-from .update import BlockUpdate, hollow
+from .update import BlockUpdate
 
 if TYPE_CHECKING:
     from ..flat import Flat
@@ -58,7 +59,7 @@ class Tiers:
         self._slots: list[Slot] | None = None
         if offload.host_memory_limit is not None:
             bound_heap()
-        self._base = resident_nbytes()
+        self._base = resident()
         reset_peak()
         try:
             self._open(setting)
@@ -194,7 +195,9 @@ class Tiers:
             self.group.observers.scalar(name, value, self.traffic.steps)
         self._reduced.clear()
 
-    def arrived(self, flat: Flat, used: set[int], *, updates: int, factors: list[float], premise: str) -> None:
+    def arrived(
+        self, flat: Flat, used: set[int], *, updates: int, factors: list[float], premise: Callable[[], str]
+    ) -> None:
         """See `BlockStep.arrived`."""
         if self.block_step is not None:
             number = self._number_of[id(flat)]
@@ -252,12 +255,12 @@ class Tiers:
 
     def report(self) -> OffloadReport:
         """See `OffloadReport`."""
-        peak, now = resident_nbytes("VmHWM"), self.traffic
+        memory, now = resident(), self.traffic
         return OffloadReport(
             store=self.store,
             planned=self.plan.needs,
             limit=self.plan.limit,
-            peak_nbytes=None if peak is None or self._base is None else max(0, peak - self._base),
+            peak_nbytes=None if memory is None or self._base is None else memory.growth_since(self._base),
             resident=self.plan.resident,
             steps=now.steps,
             read=now.read,

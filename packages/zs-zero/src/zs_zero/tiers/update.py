@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from ..flat_pieces import HeldPiece, is_element_wise
+from ..flat_gradients import scaled
+from ..flat_pieces import HeldPiece, hollow, is_element_wise
 from ..host_optimizer import HostOptimizer
-from ..rounding import join, split, stochastically
+from ..rounding import join, rounding_key, split, stochastically
 from .blocks import MASTER, PARAM, REST, Block
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class BlockUpdate:
         def narrow(what: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
             if kept.update != "stochastic_rounding" or dtype != torch.bfloat16:
                 return wide
-            return stochastically(wide.reshape(-1), key=f"{self._seed}\0{updates}\0{name}\0{what}", start=start)
+            return stochastically(wide.reshape(-1), key=rounding_key(self._seed, updates, name, what), start=start)
 
         state = self._client.state.get(one.piece, {})
         for key, wide in state.items():
@@ -226,27 +227,6 @@ class BlockUpdate:
             own.copy_(narrow("", value, own.dtype))
         if MASTER in at_hand.regions:
             at_hand.part(PARAM, held).copy_(own)
-
-
-def hollow(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape whose values are elsewhere: not a number wherever it is read, and it cannot be written."""
-    value: Any = float("nan") if dtype.is_floating_point else 0
-    return torch.full((), value, dtype=dtype).expand(shape)
-
-
-def is_hollow(tensor: Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride())
-
-
-def scaled(grad: Tensor, factors: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """`grad` (n,) in `dtype`, times each factor in turn: `grad` itself where nothing changes it."""
-    grad = grad.reshape(-1)
-    if not factors:
-        return grad.to(dtype)
-    result = grad.to(dtype, copy=True)
-    for factor in factors:
-        result.mul_(factor)
-    return result
 
 
 def _torch_fused(
