@@ -31,7 +31,7 @@ STAGES = (0, 1, 2, 3)
 LOSSES = 1e-5  # relative
 PARAMS = 2e-5  # absolute; the parameters are of order 1 and move by about 5e-2
 GRADS = 1e-6  # of the tensor's largest value
-FEW = ["tied embeddings", "parameters used on one rank in turn", "primes", "a module used twice"]
+FEW = ["tied embeddings", "many parameters used on some ranks", "primes", "a module used twice"]
 
 
 def stages(group: Group, name: str, how: How, **options: Any) -> dict[int, Run]:

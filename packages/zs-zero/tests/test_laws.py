@@ -1,5 +1,9 @@
 """Laws: bytes on the wire and bytes in memory are the theory's, for each stage."""
 
+import sys
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,12 @@ from torch import nn
 from zs_comm import CollectiveLog, barrier
 from zs_comm.memory import StorageMeter, live_tensor_nbytes
 from zs_comm.testing import loopback_nbytes, run_ranks, socket_nbytes
+from zs_zero.flat_reading import ParamState
+from zs_zero.gatherer import Gatherer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from zoo import Branching, Detours
 
 WIDTH, BLOCKS, VOCAB = 128, 8, 512
 
@@ -147,3 +157,33 @@ def test_memory_is_the_formula(world, dtype):
             assert held <= 1.02 * expected, (stage, held / expected)
             most = expected + peak_bytes(stage, world, dtype, numel, units)
             assert held + peak - activation <= 1.02 * most, (stage, (held + peak - activation) / most)
+
+
+def most_whole(group, recompute, detours):
+    """Units of parameters that are whole at once in a forward and backward, at the most; the first two are warm-up."""
+    model = Detours(10, recompute=recompute)
+    optimizer = zs_zero.shard(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), stage=3, units=[Branching], mesh=group
+    )
+    most, need = 0, Gatherer.need
+
+    def counted(gatherer, unit, phase):
+        nonlocal most
+        need(gatherer, unit, phase)
+        most = max(most, sum(other.state is not ParamState.RELEASED for other in gatherer.units))
+
+    with mock.patch.object(Gatherer, "need", counted):
+        for _ in range(3):
+            most = 0
+            model(torch.randn(4, 16), [detours] * 10).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return most
+
+
+@pytest.mark.parametrize("detours", [True, False], ids=["all used", "some unused"])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 5])
+def test_few_units_are_whole_at_once(recompute, detours):
+    """The root, the unit that runs and the next; with checkpoints, those that are computed again together."""
+    for most in run_ranks(most_whole, 2, recompute, detours):
+        assert most <= max(recompute, 1) + 2

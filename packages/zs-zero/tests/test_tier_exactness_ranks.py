@@ -97,8 +97,8 @@ def test_updates_that_begin_in_backward(tmp_path: Path) -> None:
 
 
 CASES = (
-    "tied embeddings", "parameters used on one rank in turn", "frozen parameters", "two forwards and backwards",
-    "checkpoint, reentrant",
+    "tied embeddings", "many parameters used on some ranks", "frozen parameters", "two forwards and backwards",
+    "checkpoint, reentrant", "many parameters, recomputed in pairs",
 )  # fmt: skip
 
 
@@ -120,8 +120,8 @@ def test_hard_models(tmp_path: Path) -> None:
 
 def on_a_mesh(group: Group, folder: Path) -> list[str]:
     mesh = Mesh.build(world=group, replicate=2)
-    lines = compared(mesh, How(steps=2, clip="in step", groups=True, alike=True), folder, (1, 3), SOME[1:])
-    return lines + compared(mesh, How(dtype=B16, micros=2, clip="by hand", alike=True), folder, (3,), SOME[1:])
+    lines = compared(mesh, How(steps=2, clip="in step", groups=True), folder, (1, 3), SOME[1:])
+    return lines + compared(mesh, How(dtype=B16, micros=2, clip="by hand"), folder, (3,), SOME[1:])
 
 
 def test_replicas_of_shards(tmp_path: Path) -> None:

@@ -145,7 +145,6 @@ class How:
     kept: tuple[tuple[str, Any], ...] = ()
     groups: bool = False
     schedule: bool = False
-    alike: bool = False  # all ranks use the same parameters
 
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "momentum_buffer", "sum", "square_avg")
@@ -195,7 +194,7 @@ class Training:
 
     def uses(self, step: int) -> bool:
         """Whether this rank uses what is used in some steps only."""
-        return step % 3 == 1 or (step % 3 == 2 and self.rank == 0 and not self.how.alike)
+        return step % 3 == 1 or (step % 3 == 2 and self.rank == 0)
 
     def update(self) -> None:
         optimizer = self.optimizer

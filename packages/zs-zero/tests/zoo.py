@@ -154,15 +154,61 @@ class Chosen(nn.Module):
 class Detours(nn.Module):
     """All ranks enter the same blocks; a rank may use parameters there that another one does not."""
 
+    def __init__(self, blocks: int = 2, *, recompute: int = 0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Branching() for _ in range(blocks))
+        self.head = nn.Linear(WIDTH, 3)
+        self.recompute = recompute  # blocks at a time; 0: none
+
+    def forward(self, x: Tensor, detours: Sequence[bool]) -> Tensor:
+        steps = list(zip(self.blocks, detours, strict=True))
+        if not self.recompute:
+            return self.head(self.run(x, steps))
+        for first in range(0, len(steps), self.recompute):
+            x = checkpoint(self.run, x, steps[first : first + self.recompute], use_reentrant=False)
+        return self.head(x)
+
+    @staticmethod
+    def run(x: Tensor, steps: Sequence[tuple[nn.Module, bool]]) -> Tensor:
+        for block, detour in steps:
+            x = block(x, detour)
+        return x
+
+
+class Towers(nn.Module):
+    """Two towers: the inputs of their first blocks need no gradient, also in the middle of the backward."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Branching() for _ in range(2))
+        self.left, self.right = Detours(4), Detours(4)
+
+    def forward(self, x: Tensor, detours: Sequence[bool]) -> Tensor:
+        return self.left(x, detours[:4]) + self.right(x, detours[4:])
+
+
+class Nested(nn.Module):
+    """Blocks inside of blocks: the outer ones have parameters of their own, used before and after those inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Outer() for _ in range(3))
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor, detours: Sequence[bool]) -> Tensor:
         for block, detour in zip(self.blocks, detours, strict=True):
             x = block(x, detour)
         return self.head(x)
+
+
+class Outer(Branching):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.inside = nn.ModuleList(Branching() for _ in range(2))
+
+    def forward(self, x: Tensor, detour: bool = False) -> Tensor:
+        for block, on in zip(self.inside, (detour, not detour), strict=True):
+            x = block(x, on)
+        return super().forward(x, detour)
 
 
 class PartlyFrozen(Chosen):
@@ -336,8 +382,15 @@ def _chosen(name: str, path: Callable[[Micro], Sequence[int]], **options: Any) -
     return Case(name, Chosen, partial(_along, path), **options)
 
 
-def _detours(name: str, detours: Callable[[Micro], Sequence[bool]]) -> Case:
-    return Case(name, Detours, partial(_along, detours), ddp=_UNUSED)
+def _detours(
+    name: str, detours: Callable[[Micro], Sequence[bool]], make: Callable[[], nn.Module] = Detours, **options: Any
+) -> Case:
+    return Case(name, make, partial(_along, detours), **{"ddp": _UNUSED, **options})
+
+
+def _mixed(count: int) -> Callable[[Micro], Sequence[bool]]:
+    """Other detours on each rank and in each step; at the first step none at the end of the last rank's model."""
+    return lambda at: [(at.step + at.micro + 2 * at.rank + index + at.world) % 3 == 0 for index in range(count)]
 
 
 def _primes(name: str, optimizer: Make) -> Case:
@@ -355,6 +408,10 @@ CASES = [
     ),
     _detours("parameters used on one rank only", lambda at: (at.rank == 0, at.rank != 0)),
     _detours("parameters used on one rank in turn", lambda at: (at.rank == at.step % (at.world + 1), True)),
+    _detours("many parameters used on some ranks", _mixed(7), partial(Detours, 7)),
+    _detours("many parameters, recomputed in pairs", _mixed(7), partial(Detours, 7, recompute=2)),
+    _detours("many parameters in two towers", _mixed(8), Towers),
+    _detours("many parameters, blocks in blocks", _mixed(3), Nested),
     Case("frozen parameters", PartlyFrozen, partial(_along, lambda at: range(5))),
     _chosen("two parameter groups", lambda at: (0, 1, 2), optimizer=_groups),
     Case("two losses summed", Chosen, _summed),

@@ -1,5 +1,6 @@
 """The few facts about a running backward that torch tells only privately, wrapped in one place."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -77,3 +78,10 @@ class BackwardTasks:
     def forget(self) -> None:
         """After a backward that raised."""
         self._running.clear()
+
+
+def call_if_alive(method: "weakref.WeakMethod[Any]", *args: Any) -> None:
+    """A hook on a parameter holds numbers only: the collector does not see through it, so it would keep the model."""
+    alive = method()
+    if alive is not None:
+        alive(*args)

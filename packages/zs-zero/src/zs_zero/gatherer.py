@@ -13,9 +13,13 @@ Hooks are a few lines and call one method here:
   still needed then.
 - the end of the outermost backward releases what is left.
 
+Autograd goes back through the nodes of a graph in the order opposite to that in which they were made. So when a call's
+backward begins, that of every call which began after this one ended is over, whether all its gradients came or not.
+
 A recomputation under activation checkpointing runs a forward inside a backward. Then nothing is released after it.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zs_comm import ZsError
 
-from .autograd import BackwardTasks, in_backward, outside_autograd
+from .autograd import BackwardTasks, graph_task_id, in_backward, outside_autograd
 from .flat import Flat
 from .flat_reading import ParamState
 from .order import Order
@@ -37,8 +41,11 @@ MAX_WHOLE_UNITS = 2  # the one that runs and the one gathered ahead
 class Call:
     """One forward of a unit's module, until its backward is through."""
 
-    def __init__(self, unit: "Unit") -> None:
+    def __init__(self, unit: "Unit", began: int, *, repeats: bool) -> None:
         self.unit = unit
+        self.began, self.ended = began, began  # when its forward did, counted in calls
+        self.repeats = repeats  # only to compute again what another call's backward needs; it has none of its own
+        self.task = -1  # the backward in which it runs
         self.inputs = 0
         self.outputs = 0
         self.inputs_left = 0
@@ -57,6 +64,7 @@ class Unit:
         self.trainable = sum(len(flat.params) for flat in flats if flat.plan.trainable)
         self.depth = 0  # forwards of its modules under way
         self.calls: list[Call | None] = []  # of those forwards
+        self.coming: weakref.WeakSet[Call] = weakref.WeakSet()  # with a graph, their backward still to begin
         self.running: list[Call] = []  # in this backward
         self.gradients: set[tuple[int, int]] = set()  # parameters whose gradient came since the last gather
         self.repeated = False  # one came twice (a reentrant checkpoint ran part of the unit again): more may follow
@@ -66,6 +74,13 @@ class Unit:
     def state(self) -> ParamState:
         """That of its flats; where some are always whole, that of the others."""
         return next((flat.state for flat in self.flats if flat.state is not ParamState.WHOLE), ParamState.WHOLE)
+
+    def is_in(self, task: int) -> bool:
+        """Whether its backward is part of this one: a forward in it computes saved tensors again, for that backward.
+
+        (A reentrant checkpoint's forward builds a graph, whose backward is one of its own.)
+        """
+        return task != -1 and (bool(self.coming) or any(call.task == task for call in self.running))
 
     def read_ahead(self) -> None:
         for flat in self.flats:
@@ -96,6 +111,7 @@ class Gatherer:
         reshard_after_forward: bool,
         span: Callable[[str, str], Any],
         depth: int = 1,
+        over: Callable[[list[Flat]], None],
     ) -> None:
         self.units = units
         self.order = Order()
@@ -106,6 +122,9 @@ class Gatherer:
         self._depth = (
             depth  # units ahead of the one that runs: the next is gathered, those after it are read from files
         )
+        self._over = over  # told of flats whose backward is over
+        self._clock = 0
+        self._under_way: list[Call] = []  # whose backward began, and is not known to be over
         self._ahead: list[Unit] = []  # gathered before they were asked for, or kept because they come next
         self._graph_kept = False  # this backward builds a graph of its own
         self._leaf_hooks: list[Any] = []
@@ -127,15 +146,16 @@ class Gatherer:
 
     # -- forward ------------------------------------------------------------------------------------------------------
     def _before_forward(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = Call(unit) if torch.is_grad_enabled() else None
+        recomputing = in_backward()
+        self._clock += 1
+        call = Call(unit, self._clock, repeats=unit.is_in(graph_task_id())) if torch.is_grad_enabled() else None
         unit.depth += 1
         unit.calls.append(call)  # first: the hook after the forward runs even when something here raises
-        recomputing = in_backward()
         if recomputing:
             self._tasks.enter()
         elif self._tasks.unfinished:
             raise ZsError("the last backward raised an exception; call optimizer.abort_step() before going on")
-        self.need(unit, "backward" if recomputing else "forward")
+        self.need(unit, "recompute" if recomputing else "forward")
         if call is not None:
             for tensor in tensors_in((args, kwargs)):
                 if tensor.requires_grad:
@@ -150,6 +170,7 @@ class Gatherer:
         call = unit.calls.pop()
         replaced = _without_views_of(unit, output)
         if call is not None:
+            call.ended = self._clock
             for tensor in (*tensors_in(output if replaced is None else replaced), *_kept_by(module)):
                 if tensor.requires_grad and not tensor.is_leaf:
                     call.outputs += 1
@@ -158,7 +179,11 @@ class Gatherer:
                     base = tensor._base  # changing a view in place takes the view's own node out of the graph
                     if base is not None and base.requires_grad and not base.is_leaf:
                         base.register_hook(hook)
-            if call.outputs == 0 and (unit.trainable or call.inputs):
+            if call.repeats:
+                pass
+            elif call.outputs:
+                unit.coming.add(call)
+            elif unit.trainable or call.inputs:
                 unit.pinned = True  # its backward cannot be seen coming
         self._release_after_forward(unit, graph=call is not None)
         return replaced
@@ -180,12 +205,28 @@ class Gatherer:
             unit.pinned = self._graph_kept = True
         if call.running:
             return
-        call.running = True
+        self._end_calls_after(call)
+        call.running, call.task = True, graph_task_id()
+        unit.coming.discard(call)
         unit.running.append(call)
+        self._under_way.append(call)
         if unit.state is not ParamState.WHOLE:
             unit.gradients.clear()
             unit.repeated = False
         self.need(unit, "backward")
+
+    def _end_calls_after(self, call: Call) -> None:
+        ended = [other for other in self._under_way if other.began > call.ended]
+        if not ended:
+            return
+        self._under_way = [other for other in self._under_way if other.began <= call.ended]
+        left = {id(other.unit) for other in self._under_way}
+        units = {id(other.unit): other.unit for other in ended}
+        through = [unit for key, unit in units.items() if key not in left and not unit.coming]
+        self._over([flat for unit in through for flat in unit.flats])
+        for unit in through:
+            if not unit.pinned and not unit.depth and unit not in self._ahead:
+                unit.release()  # also where a parameter got no gradient
 
     def _after_input_gradient(self, call: Call, _: Tensor) -> None:
         call.inputs_left -= 1
@@ -204,7 +245,6 @@ class Gatherer:
             return
         if all(call.inputs_left <= 0 for call in unit.running) and self._tasks.unfinished:
             unit.release()
-            self._gather_ahead("backward")
 
     def finish_backward(self) -> None:
         """The outermost backward ended."""
@@ -220,6 +260,7 @@ class Gatherer:
                 unit.release()
         self._graph_kept = False
         self._ahead.clear()
+        self._under_way.clear()
         self.drop_leaf_hooks()
 
     def drop_leaf_hooks(self) -> None:
@@ -249,7 +290,7 @@ class Gatherer:
 
     def _gather_ahead(self, phase: str) -> None:
         for position, (index, event) in enumerate(self.order.ahead(self._depth) if self._prefetch else ()):
-            if phase == "backward" and event == "forward":
+            if phase != "forward" and event == "forward":
                 return  # between a backward and the next forward the values may change
             unit = self.units[index]
             if unit.state is ParamState.READING and position == 0:
@@ -277,7 +318,9 @@ class Gatherer:
             unit.depth, unit.repeated, unit.pinned = 0, False, False
             unit.gradients.clear()
             unit.calls.clear()
+            unit.coming.clear()
             unit.running.clear()
+        self._under_way.clear()
         self._graph_kept = False
         self.drop_leaf_hooks()
         self.release_all()

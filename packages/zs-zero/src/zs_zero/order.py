@@ -1,6 +1,6 @@
 """The order in which units were needed last time, to gather the next one ahead."""
 
-Event = tuple[int, str]  # (unit index, "forward" | "backward")
+Event = tuple[int, str]  # (unit index, "forward" | "backward" | "recompute": a forward inside a backward)
 
 
 class Order:
@@ -25,7 +25,7 @@ class Order:
             if known != event:
                 self.changes += known is not None
                 self._next[key] = event
-        if self._current is not None and self._current[1] == "forward" and event[1] == "backward":
+        if self._current is not None and self._current[1] == "forward" != event[1]:
             self.turn = {event[0]}
         self._previous, self._current = self._current, event
 

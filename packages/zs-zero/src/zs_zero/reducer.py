@@ -3,23 +3,27 @@
     backward      |  head  |  block 2  |  block 1  |  embed  | end
     fill buffer   ---fff------fff---------fff---------fff
     reduce              [--head--][-block 2-][-block 1-][-embed-]
-    wait for it                   ^ one reduction later than it was issued
+    wait for it                   ^ when the next is issued
 
 Reductions are issued in one order, the reverse of the plan's, on every rank. Which parameters to wait for is agreed:
 those that took part last time on any rank. Whatever else turns up is reduced at the end of the backward, after the
 ranks told each other. So a parameter used on one rank only is an ordinary case, and "already reduced" does not exist.
+
+Where units are gathered in the backward too (stage 3), a rank without some gradient must not wait for values that come
+only from ranks that wait for its share of that reduction. So a unit whose backward is `over` is reduced with what there
+is, before this rank asks for the next unit's values. Then, of the ranks that have come the least far, one can go on.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from zs_comm import Group, Work, agree, all_reduce, reduce_scatter, same_everywhere
+from zs_comm import Group, agree, all_reduce, same_everywhere
 
 from .flat import Flat
+from .reductions import Reductions
 from .standing import Standing
 
 _DIGEST = 8  # bytes
@@ -57,6 +61,7 @@ class Bucket:
     filled: set[int] = field(default_factory=set)  # parameters in `buffer`
     fired: set[int] = field(default_factory=set)  # parameters that got a gradient in this backward
     issued: bool = False
+    over: bool = False  # nothing more comes in this backward
 
 
 class Reducer:
@@ -73,12 +78,10 @@ class Reducer:
         self._step_order = sorted(self._order, key=lambda b: (len(b.flat.params) > 1, b.flat.plan.padded_numel))
         self._bucket_of = {id(bucket.flat): bucket for bucket in self.buckets}
         self._reduce_dtype = reduce_dtype
-        self._pre_factor = pre_factor
-        self._post_factor = post_factor
+        self._reductions = Reductions(
+            groups, pre_factor=pre_factor, post_factor=post_factor, arrived=lambda flat, part: self._arrived(flat, part)
+        )
         self._cursor = 0
-        self._in_flight: deque[tuple[Flat, Tensor, Work]] = deque()
-        self._spare: list[Tensor] = []
-        self._ahead = 1  # reductions under way while the next buffer is being filled
         # told of reduced gradients as they come, and of which parameters they are as far as is known by then
         self.on_arrival: Callable[[Flat, set[int]], None] | None = None
 
@@ -90,6 +93,14 @@ class Reducer:
         bucket.fired.add(index)
         if not bucket.issued and bucket.expected <= bucket.filled:
             self._issue_complete()
+
+    def over(self, flats: Iterable[Flat]) -> None:
+        """The backward is through with these flats; reduces what is complete, on all ranks at the latest now."""
+        for flat in flats:
+            bucket = self._bucket_of.get(id(flat))
+            if bucket is not None:
+                bucket.over = True
+        self._issue_complete()
 
     def finish_backward(self) -> None:
         """Reduces what the backward left incomplete, after the ranks agreed on who took part."""
@@ -106,14 +117,14 @@ class Reducer:
         for bucket in self.buckets:
             bucket.expected = used[id(bucket)]
             bucket.flat.used |= used[id(bucket)]
-            bucket.fired, bucket.issued = set(), False
+            bucket.fired, bucket.issued, bucket.over = set(), False, False
         self._cursor = 0
 
     def _issue_complete(self) -> None:
         while self._cursor < len(self._order):
             bucket = self._order[self._cursor]
             if bucket.expected and not bucket.issued:
-                if not bucket.expected <= bucket.filled:
+                if not (bucket.over or bucket.expected <= bucket.filled):
                     return
                 self._issue(bucket)
             self._cursor += 1
@@ -161,7 +172,7 @@ class Reducer:
         if self.groups.dp.size == 1:
             for bucket, indices in zip(self.buckets, standing, strict=True):
                 self._keep_local(bucket, indices)
-            self._spare.clear()
+            self._reductions.forget_spare()
             return
         used, _ = self._agree_on_use(standing, settings)
         room = 0  # bytes of gradients that are gone, less those of the shards that came for them
@@ -170,7 +181,8 @@ class Reducer:
                 # one more buffer only in the room that others left: whole gradients stand around here
                 flat = bucket.flat
                 nbytes = flat.plan.padded_numel * self._wire_dtype(flat).itemsize
-                self._ahead = int(room >= 2 * nbytes)
+                self._reductions.ahead = int(room >= 2 * nbytes)
+                self._reductions.make_room()
                 room += nbytes - flat.held_numel * flat.grad_dtype.itemsize
                 self._fill_standing(bucket)
                 self._issue(bucket)
@@ -180,11 +192,10 @@ class Reducer:
 
     def finish_issued(self) -> None:
         """Waits for the reductions under way: what is reduced stands in the flats' `grad`."""
-        self._ahead = 0  # nothing is filled any more
-        self._spare.clear()
-        while self._in_flight:
-            self._finish_oldest()
-        self._ahead = 1
+        self._reductions.ahead = 0  # nothing is filled any more
+        self._reductions.forget_spare()
+        self._reductions.finish()
+        self._reductions.ahead = 1
 
     def _fill_standing(self, bucket: Bucket) -> None:
         """Everything that stands here into the buffer of a reduction; kept gradients in the wire's dtype are one."""
@@ -198,7 +209,6 @@ class Reducer:
         sums = bucket.standing
         if sums.buffer is not None:
             if bucket.buffer is None and sums.buffer.dtype == self._wire_dtype(flat):
-                self._make_room()
                 bucket.buffer, bucket.filled = sums.buffer, set(sums.inside)
             else:
                 for index in sums.inside:
@@ -232,14 +242,10 @@ class Reducer:
 
     def drop(self, *, wait: bool = True) -> None:
         """Forgets all gradients: after the step, or when it is aborted (reductions under way are waited for)."""
-        while self._in_flight:
-            work = self._in_flight.popleft()[2]
-            if wait:
-                work.wait()
+        self._reductions.drop(wait=wait)
         self._cursor = 0
-        self._spare.clear()
         for bucket in self.buckets:
-            bucket.buffer, bucket.issued = None, False
+            bucket.buffer, bucket.issued, bucket.over = None, False, False
             bucket.filled.clear()
             bucket.standing.clear()
             bucket.fired.clear()
@@ -267,24 +273,13 @@ class Reducer:
             bucket.filled.add(index)
 
     def _take(self, flat: Flat) -> Tensor:
-        self._make_room()
-        numel, dtype = flat.plan.padded_numel, self._wire_dtype(flat)
-        for position, spare in enumerate(self._spare):
-            if spare.numel() == numel and spare.dtype == dtype:
-                return self._spare.pop(position)
-        self._spare.clear()  # blocks of one size follow one another; what does not fit now rarely does soon
-        return torch.empty(numel, dtype=dtype, device=flat.whole.device)
+        return self._reductions.take(flat.plan.padded_numel, self._wire_dtype(flat), flat.whole.device)
 
     def _wire_dtype(self, flat: Flat) -> torch.dtype:
         wire = flat.plan.wire or self._reduce_dtype
         return flat.plan.dtype if wire is None or flat.plan.dtype.is_complex else wire
 
-    def _make_room(self) -> None:
-        while len(self._in_flight) > self._ahead:
-            self._finish_oldest()
-
     def _travels_as_is(self, flat: Flat, grad: Tensor) -> bool:
-        self._make_room()
         return grad.is_contiguous() and grad.dtype == self._wire_dtype(flat) and grad.device == flat.whole.device
 
     # -- the collective -----------------------------------------------------------------------------------------------
@@ -300,72 +295,15 @@ class Reducer:
         if self.groups.dp.size == 1:
             self._arrived(flat, buffer, only=filled)
             if flat.grad is not buffer:
-                self._spare = [buffer]
+                self._reductions.give(buffer)
             return
-        if flat.plan.rows:
-            self._arrived(flat, self._sum_rows(flat, buffer))
-            return
-        if self.groups.shard.size == 1:
-            work = all_reduce(
-                buffer, self.groups.replicate, op="sum", pre_factor=self._pre_factor, post_factor=self._post_factor,
-                label=flat.name, async_op=True,
-            )  # fmt: skip
-        else:
-            work = reduce_scatter(
-                buffer, self.groups.shard, op="sum", pre_factor=self._pre_factor,
-                post_factor=self._post_factors(buffer.dtype)[0], label=flat.name, async_op=True,
-            )  # fmt: skip
-        self._in_flight.append((flat, buffer, work))
-
-    def _finish_oldest(self) -> None:
-        flat, buffer, work = self._in_flight.popleft()
-        reduced = work.wait()
-        result = buffer if reduced is None else reduced
-        if self.groups.shard.size > 1 and self.groups.replicate.size > 1:
-            factor = self._post_factors(result.dtype)[1]
-            all_reduce(result, self.groups.replicate, op="sum", post_factor=factor, label=flat.name)
-        if self._ahead and result is not buffer:
-            self._spare = [*self._spare[-1:], buffer]  # gradients that were buffers themselves come here too
-        del work, buffer, reduced
-        self._arrived(flat, result)
+        self._reductions.issue(flat, buffer)
 
     def _arrived(self, flat: Flat, result: Tensor, *, only: set[int] | None = None) -> None:
         flat.take_reduced(result, only=only)
         if self.on_arrival is not None:
             bucket = self._bucket_of[id(flat)]
             self.on_arrival(flat, bucket.expected | bucket.fired | flat.used)
-
-    def _sum_rows(self, flat: Flat, buffer: Tensor) -> Tensor:
-        """This rank's part of the sum, of which only the rows travel that any rank touched: elsewhere it is 0.
-
-        The same arithmetic as for all rows, so the same bits.
-        """
-        shard, replicate = self.groups.shard, self.groups.replicate
-        tables = [buffer[entry.offset : entry.stop].view(entry.spec.shape) for entry in flat.plan.entries]
-        touched = torch.cat([(table != 0).any(1) for table in tables]).to(torch.uint8)
-        all_reduce(touched, self.groups.dp, op="max", label=f"{flat.name} rows")
-        rows = [flags.nonzero().view(-1) for flags in touched.split([len(table) for table in tables])]
-        packed = [table[index] for table, index in zip(tables, rows, strict=True)]
-        post, after = self._post_factors(buffer.dtype) if shard.size > 1 else (self._post_factor, None)
-        all_reduce(
-            packed, shard if shard.size > 1 else replicate, op="sum", pre_factor=self._pre_factor, post_factor=post,
-            label=flat.name,
-        )  # fmt: skip
-        if shard.size > 1 and replicate.size > 1:
-            all_reduce(packed, replicate, op="sum", post_factor=after, label=flat.name)
-        for table, index, part in zip(tables, rows, packed, strict=True):
-            table[index] = part
-        low = shard.rank * flat.plan.shard_numel
-        return buffer[low : low + flat.plan.shard_numel].clone() if shard.size > 1 else buffer
-
-    def _post_factors(self, wire: torch.dtype) -> tuple[float | None, float | None]:
-        """After the sum over the shard axis, and after that over the replicate axis where there is one.
-
-        What is between them is rounded to the wire's dtype. In fp16 a sum may overflow there whose mean does not.
-        """
-        if self.groups.replicate.size == 1 or wire == torch.float16:
-            return self._post_factor, None
-        return None, self._post_factor
 
     # -- agreement ----------------------------------------------------------------------------------------------------
     def _agree_on_use(self, mine: list[set[int]], settings: str = "") -> tuple[dict[int, set[int]], dict[int, bool]]:

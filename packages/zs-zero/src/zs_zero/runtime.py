@@ -22,7 +22,7 @@ from zs_comm import CommError, ConfigError, Group, ZsError, agreed, broadcast
 
 from . import casting
 from .access import ParameterAccess
-from .autograd import BackwardTasks, in_backward
+from .autograd import BackwardTasks, call_if_alive, in_backward
 from .flat import Flat
 from .flat_reading import ParamState
 from .gatherer import Gatherer, Unit
@@ -135,6 +135,7 @@ class Runtime(ValuesByParameter):
             reshard_after_forward=options.reshard_after_forward,
             span=groups.dp.observers.span,
             depth=options.offload.parameters.buffer_count if away else 1,
+            over=self._over,
         )
         self._mark_enclosing(specs)
         self._hook(specs)
@@ -219,7 +220,7 @@ class Runtime(ValuesByParameter):
                     if flat.plan.trainable:
                         for index, param in enumerate(flat.params):
                             place = (unit.index, position, index)
-                            hook = partial(_call_if_alive, weakref.WeakMethod(self._after_gradient), *place)
+                            hook = partial(call_if_alive, weakref.WeakMethod(self._after_gradient), *place)
                             self._handles.append(param.register_post_accumulate_grad_hook(hook))
         self._handles += casting.install(
             self.model, self.device, cast_inputs=self.options.cast_inputs, autocast=self.options.autocast
@@ -254,6 +255,11 @@ class Runtime(ValuesByParameter):
             self.reducer.add(flat, index, grad)
         if self._releases:
             self.gatherer.after_gradient(unit, flat, index)
+
+    def _over(self, flats: list[Flat]) -> None:
+        if self._reduces_in_backward and self.sync:
+            with torch.no_grad():
+                self.reducer.over(flats)
 
     def _finish_backward(self) -> None:
         with torch.no_grad():
@@ -389,10 +395,3 @@ class Runtime(ValuesByParameter):
 
 def _is_inside(inner: str, outer: str) -> bool:
     return inner != outer and (not outer or inner.startswith(outer + "."))
-
-
-def _call_if_alive(method: "weakref.WeakMethod[Any]", *args: Any) -> None:
-    """A hook on a parameter holds numbers only: the collector does not see through it, so it would keep the model."""
-    alive = method()
-    if alive is not None:
-        alive(*args)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from zs_comm import agree
+from zs_comm import agreed
 
 from ..flat_pieces import is_element_wise
 from .blocks import GRAD, MASTER, PARAM, REST, Block
@@ -63,25 +63,15 @@ class BlockStep:
         `premise`: what updates depend on besides gradients; an early trial that rested on something else is repeated.
         Raises what failed, on all ranks; before `torn` was called everything but the gradients is as before.
         """
-        error: Exception | None = None
         try:
-            self._finish_trial(updates, premise)
-        except Exception as raised:
-            error = raised
+            with agreed(self._tiers.group, "optimizer step"):
+                self._finish_trial(updates, premise)
         except BaseException:  # an interrupt is this rank's alone
             self.rollback()
             raise
-        try:
-            agree(self._tiers.group, error, what="optimizer step")
-        except BaseException:
-            self.rollback()
-            raise
         torn()
-        try:
+        with agreed(self._tiers.group, "optimizer step"):  # the client's optimizer may raise, on what is resident
             self._commit()
-        except Exception as raised:  # the client's optimizer, on what is resident
-            error = raised
-        agree(self._tiers.group, error, what="optimizer step")
 
     def _finish_trial(self, updates: int, premise: str) -> None:
         blocks = [block for block in self._blocks() if self._streams(block)]
@@ -228,8 +218,7 @@ class BlockStep:
 
     def drop_window(self) -> None:
         """The window's gradients were dropped."""
-        if self._sweep is not None:
-            self.rollback()
+        self.discard()
         self._failure, self._backwards = None, 0
 
     # -- which blocks -------------------------------------------------------------------------------------------------
