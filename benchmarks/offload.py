@@ -23,7 +23,7 @@ from offload_table import Rounds
 from systems import data
 from workload import SIZES
 
-SYSTEMS = "torch,torch-masters,zs2,zs2-cpu,zs3-cpu,zs3-nvme,zs3-nvme-all,ds2-cpu,ds3-cpu,ds3-nvme"
+SYSTEMS = "torch,torch-masters,zs2,zs2-cpu,zs3-cpu,zs3-nvme,zs3-nvme-early,zs3-nvme-all,ds2-cpu,ds3-cpu,ds3-nvme"
 
 
 def worker(task: dict[str, Any]) -> Record:

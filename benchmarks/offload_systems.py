@@ -19,12 +19,13 @@ from torch import Tensor
 from workload import ADAMW, DTYPES, Workload
 
 Report = Callable[[], dict[str, Any]]
-SYSTEM = re.compile(r"(torch|torch-masters|zs[0-3]|ds[0-3])(?:-(cpu|nvme|nvme-all))?$")
+SYSTEM = re.compile(r"(torch|torch-masters|zs[0-3]|ds[0-3])(?:-(cpu|nvme|nvme-early|nvme-all))?$")
 DESCRIPTIONS = {
     "torch": "torch, in memory, fused AdamW (bf16: autocast)",
     "torch-masters": "torch, in memory, fused AdamW on fp32 masters of a bf16 model",
 }
 PLACES = {None: "in memory", "cpu": "optimizer on the host", "nvme": "optimizer in files"}
+PLACES["nvme-early"] = "optimizer in files, updates begin in backward"
 PLACES["nvme-all"] = "optimizer and parameters in files"
 SUB_GROUP = 20_000_000  # elements; DeepSpeed's buffers follow from it
 
@@ -119,6 +120,8 @@ def _zs(task: Task, stage: int, place: str | None) -> tuple[Step, Report]:
         options |= {"offload_optimizer": {**files, "zs_max_in_cpu": 0}, "aio": {"zs_store": "aio"}}
         if place == "nvme-all":
             options["offload_param"] = {**files, "max_in_cpu": 0}
+        if place == "nvme-early":
+            options["offload_optimizer"]["zs_early_update"] = True
     half = torch.bfloat16 if task.dtype == "bf16" else None
     optimizer = zs_zero.shard(model, adamw, stage=stage, dtype=half, **options)
 
