@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from zs_comm import ConfigError, Group, MissingPackage
 from zs_zero.host_optimizer import TorchHostOptimizer
 from zs_zero.stores import FileStore, MemoryStore
+from zs_zero.tiers import opening
 from zs_zero.tiers.folder import TierFolder
-from zs_zero.tiers.opening import CACHE_NBYTES, open_host_optimizer, open_store
+from zs_zero.tiers.opening import CACHE_NBYTES, file_system, open_host_optimizer, open_store
 from zs_zero.tiers.policy import Files
 
 
@@ -90,6 +93,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
         monkeypatch.setattr(importlib.metadata, "entry_points", points)
 
+    monkeypatch.setattr(opening, "file_system", lambda path: "ext4")
     installed()
     return installed
 
@@ -215,3 +219,39 @@ def test_host_optimizers(install: Install) -> None:
         open_host_optimizer("aio")
     with pytest.raises(ConfigError, match="host optimizer 'fast'"):
         open_host_optimizer("fast")
+
+
+# -- a folder that is memory -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("store", ["auto", "aio", "file"])
+@pytest.mark.parametrize("system", ["tmpfs", "ramfs"])
+def test_a_folder_in_memory(
+    store: str, system: str, folder: TierFolder, install: Install, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    install(Fast)
+    monkeypatch.setattr(opening, "file_system", lambda path: system)
+    refused = rf"{re.escape(folder.path)} is on a {system}, which is memory, and a memory limit is set"
+    with pytest.raises(ConfigError, match=refused):
+        open_store(files(store), folder, "optimizer", bounded_cache=True)
+    caplog.set_level(logging.WARNING, "zs_zero")
+    for kind in ("optimizer", "gradients"):
+        open_store(files(store), folder, kind, bounded_cache=False)[0].close()
+    told = f"{folder.path} is on a {system}: what is offloaded there stays in memory"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    assert open_store(files("memory"), folder, "parameters", bounded_cache=True)[1] == "memory"
+
+
+def test_the_file_system_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform == "linux":
+        assert file_system("/proc/self/status") == "proc"
+        assert file_system("/proc/self/../no such file") == "proc"
+    where = os.path.realpath(tmp_path)
+    table = tmp_path / "mounts"
+    mounts = [("", "xfs"), (r"/a\040b", "tmpfs"), (r"/a\040b", "ramfs"), ("/a", "nfs")]
+    lines = ["disk / ext4 rw 0 0", *(f"disk {where}{path} {system} rw 0 0" for path, system in mounts)]
+    table.write_text("\n".join(lines))
+    monkeypatch.setattr(opening, "_MOUNTS", table)
+    expected = {"a b/c": "ramfs", "a/b": "nfs", "ab": "xfs", "": "xfs", "..": "ext4"}  # the last mount covers others
+    assert {path: file_system(os.path.join(where, path)) for path in expected} == expected
+    table.unlink()
+    assert file_system(where) is None

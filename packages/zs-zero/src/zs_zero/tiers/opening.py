@@ -6,10 +6,13 @@ implementations, and "auto" takes the fastest there is, and says once what to in
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from zs_comm import ConfigError, MissingPackage
@@ -27,6 +30,8 @@ STORES = "zs_zero.block_stores"  # entry points: called with a folder and the op
 OPTIMIZERS = "zs_zero.host_optimizers"  # entry points: called without arguments
 CACHE_NBYTES = 8 << 20  # page cache of a FileStore under a memory limit, bytes
 _INSTALL = "pip install 'zs-zero[nvme]'"
+_MOUNTS = Path("/proc/self/mounts")
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _OPTIONS = ("block_size", "queue_depth", "threads", "backend", "direct")
 
 StoreName: TypeAlias = Literal["aio", "file", "memory"]
@@ -40,7 +45,8 @@ def open_store(files: Files, folder: TierFolder, kind: str, *, bounded_cache: bo
     the page cache holds at most `CACHE_NBYTES` of the file.
 
     Raises `MissingPackage` where "aio" is asked for and not installed, `ConfigError` for an unknown mode or option, for
-    a provider of another `PROTOCOL`, and where "aio" cannot bypass the page cache and must; `OSError` with the path.
+    a provider of another `PROTOCOL`, where "aio" cannot bypass the page cache and must, and for a folder that is in
+    memory while that is limited; `OSError` with the path.
     """
     options = {name: value for name, value in files.options.items() if value is not None}
     if unknown := sorted(set(options) - set(_OPTIONS)):
@@ -49,17 +55,42 @@ def open_store(files: Files, folder: TierFolder, kind: str, *, bounded_cache: bo
         raise ConfigError(f"store {files.store!r}: one of 'auto', 'aio', 'file', 'memory'")
     if files.store == "memory":
         return MemoryStore(), "memory"
+    if (system := file_system(folder.path)) in _IN_MEMORY:
+        if bounded_cache:
+            raise ConfigError(
+                f"{folder.path} is on a {system}, which is memory, and a memory limit is set: name a folder on a disk"
+            )
+        _say(folder, "%s is on a %s: what is offloaded there stays in memory", folder.path, system)
     if files.store != "file":
         fast, why = _fast_store(files.store, folder, options, bounded_cache=bounded_cache)
         if fast is not None:
             return fast, "aio"
-        if why not in folder.said:
-            folder.said.add(why)
-            if folder.first:
-                log.warning("offloaded state goes through plain files, which are slower: %s", why)
+        _say(folder, "offloaded state goes through plain files, which are slower: %s", why)
     path = os.path.join(folder.path, f"{kind}.blocks")
     cache = CACHE_NBYTES if bounded_cache else None
     return FileStore(path, threads=options.get("threads") or 2, cache_nbytes=cache), "file"
+
+
+def file_system(path: str) -> str | None:
+    """The type of the file system that a path is on ("ext4", "tmpfs"); None where the platform does not tell."""
+    where, found = os.path.realpath(path), None
+    with contextlib.suppress(OSError):
+        longest = -1
+        for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
+            mount, system = line.split()[1:3]
+            mount = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount)  # a space is \040 there
+            if len(mount) >= longest and os.path.commonpath([where, mount]) == mount:
+                longest, found = len(mount), system
+    return found
+
+
+def _say(folder: TierFolder, message: str, *args: str) -> None:
+    """Once, by one rank."""
+    text = message % args
+    if text not in folder.said:
+        folder.said.add(text)
+        if folder.first:
+            log.warning("%s", text)
 
 
 def is_plain(files: Files) -> bool:
