@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "packages" / "zs-zero" / "tests"))
 
 from tier_runs import B16, F32, How, Training, differences, policy  # noqa: E402
 
-HOW = How(micros=2, clip="in step", groups=True, alike=True)
+HOW = How(micros=2, clip="in step", groups=True)
 Place = tuple[str, int, int]  # policy, stage, ranks
 
 
@@ -68,7 +68,7 @@ FROM: list[Place] = [("everything", 3, 2), ("half of the states", 1, 2), ("param
 @pytest.mark.parametrize("dtype", [F32, pytest.param(B16, marks=pytest.mark.matrix)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("where", FROM, ids=lambda place: f"{place[0]}, stage {place[1]}, {place[2]} ranks")
 def test_in_another_tier(where: Place, dtype: torch.dtype, tmp_path: Path) -> None:
-    how = How(dtype=dtype, micros=2, clip="in step", groups=True, alike=True)
+    how = How(dtype=dtype, micros=2, clip="in step", groups=True)
     world = where[2]
     memory = tmp_path / "memory"
     memory.mkdir()
