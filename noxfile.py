@@ -78,7 +78,7 @@ def combos(session: nox.Session, request_: tuple[str, ...]) -> None:
 @nox.session(requires=["wheels"])
 def matrix(session: nox.Session) -> None:
     """What `tests` and `combos` leave out of their largest matrices (`-m matrix`)."""
-    _install(session, *GRAPH, groups=("test",))
+    _install(session, *GRAPH, groups=("test", "arrays"))
     _assert_installed(session, GRAPH)
     suites = [*_suites(GRAPH), str(ROOT / "tests/combos"), f"--zs-installed={','.join(sorted(GRAPH))}"]
     _pytest(session, *suites, "-m", "matrix", *session.posargs)
