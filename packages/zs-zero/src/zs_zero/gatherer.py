@@ -45,11 +45,10 @@ class Call:
         self.unit = unit
         self.began, self.ended = began, began  # when its forward did, counted in calls
         self.repeats = repeats  # only to compute again what another call's backward needs; it has none of its own
-        self.task = -1  # the backward in which it runs
+        self.task = -1  # the backward in which its own runs; -1: in none
         self.inputs = 0
         self.outputs = 0
         self.inputs_left = 0
-        self.running = False  # in backward
 
 
 class Unit:
@@ -203,10 +202,10 @@ class Gatherer:
         unit = call.unit
         if torch.is_grad_enabled():  # create_graph: the graph built now needs the values again later
             unit.pinned = self._graph_kept = True
-        if call.running:
+        if call.task != -1:
             return
         self._end_calls_after(call)
-        call.running, call.task = True, graph_task_id()
+        call.task = graph_task_id()
         unit.coming.discard(call)
         unit.running.append(call)
         self._under_way.append(call)
@@ -250,7 +249,7 @@ class Gatherer:
         """The outermost backward ended."""
         for unit in self.units:
             for call in unit.running:
-                call.running, call.inputs_left = False, call.inputs
+                call.task, call.inputs_left = -1, call.inputs
             unit.running.clear()
             unit.gradients.clear()
             unit.repeated = False
