@@ -10,11 +10,13 @@ from workspace import ROOT
 
 # Written as classes of one letter so that this file does not match itself.
 MACHINE_PATHS = re.compile(r"(?<![\w.}\])/-])/(?:[o]pt|[w]ork|[r]oot|[h]ome)/")
-SKIPPED = {".git", ".nox", "dist", "build", ".venv", "venv", "__pycache__", ".hypothesis"}
+SKIPPED = {".git", ".nox", "dist", "build", "__pycache__", ".hypothesis"}
 TEXT = {".py", ".md", ".toml", ".json", ".txt", ".pyi", ".yml", ".yaml", ".cfg", ".ini", ".sh", ""}
 
 
 def files(folder: Path = ROOT) -> Iterator[Path]:
+    if (folder / "pyvenv.cfg").exists():  # somebody's virtual environment, whatever its name
+        return
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             if path.name not in SKIPPED and not path.name.endswith("_cache"):
